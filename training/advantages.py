@@ -171,19 +171,23 @@ class AdvantageConfig(BaseModel):
     """How rewards become advantages."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    aggregator: Annotated[str, _one_of(AGGREGATORS)] = Field("mean", description="over turns: mean, last, product")
+    aggregator: Annotated[str, _one_of(AGGREGATORS)] = Field(
+        default="mean", description="over turns: mean, last, product (of rewards >= 0)"
+    )
     fusion: Annotated[str, _one_of(FUSIONS)] = Field(
-        "advantage", description="of several rewards: 'advantage' Σ w·z(h(r)), 'reward' z(Σ w·h(r))"
+        default="advantage", description="of several rewards: 'advantage' Σ w·z(h(r)), 'reward' z(Σ w·h(r))"
     )
     credit: Annotated[str, _one_of(CREDITS)] = Field(
-        "broadcast", description="over turns: broadcast, per_turn, reward_to_go"
+        default="broadcast", description="over turns: broadcast, per_turn, reward_to_go"
     )
-    std: Literal["group", "global"] = Field("group", description="deviation of each group, or of the whole batch")
-    unbiased: bool = Field(False, description="divide the variance by n - 1")
-    eps: float = Field(1e-4, ge=0, description="added to the standard deviation")
-    min_std: float = Field(0.0, ge=0, description="a group with a smaller deviation gets advantage 0")
+    std: Literal["group", "global"] = Field(
+        default="group", description="deviation of each group, or of the whole batch"
+    )
+    unbiased: bool = Field(default=False, description="divide the variance by n - 1")
+    eps: float = Field(default=1e-4, ge=0, description="added to the standard deviation")
+    min_std: float = Field(default=0.0, ge=0, description="a group with a smaller deviation gets advantage 0")
     filter: Annotated[str, _one_of(FILTERS)] = Field(
-        "zero_std", description="rows left out of the update: none, zero_std (no advantage)"
+        default="zero_std", description="rows left out of the update: none, zero_std (no advantage)"
     )
 
 
