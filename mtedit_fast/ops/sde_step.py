@@ -1,0 +1,446 @@
+"""One step of a stochastic flow sampler: next sample, its log-probability and its mean, in one pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mtedit_fast.ops import seeded_noise as noise_op
+from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops.coefficients import SDECoefficients
+
+LOG_PROB_MODES = {"none": 0, "gaussian": 1, "squared": 2}
+HALF_LOG_TWO_PI = 0.9189385332046727
+
+
+class SDEStepOutput(NamedTuple):
+    prev_sample: Tensor
+    """[B, ...] in the storage dtype."""
+    log_prob: Tensor | None
+    """[B] fp32, averaged over a sample's elements; None where every step, or this one, is deterministic."""
+    mean: Tensor
+    """[B, ...] fp32; empty with return_mean=False."""
+
+
+def sde_step(
+    sample: Tensor,
+    velocity: Tensor,
+    coefficients: SDECoefficients,
+    step: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounding: str = "before",
+    return_mean: bool = True,
+    check: bool = False,
+    backend: str = "auto",
+) -> SDEStepOutput:
+    """mean = a·sample + b·velocity; prev_sample = mean + c·noise; and the log-probability of prev_sample.
+
+    Arithmetic is fp32 whatever the inputs (fp64 if one of them is, on the reference). The log-probability is averaged
+    over a sample's elements: with d = prev_sample - mean, it is -d²/2c² - ln c - ½ln 2π for "gaussian" coefficients
+    (Flow-GRPO, arXiv 2505.05470) and -d² for "squared" ones (Coefficients-Preserving Sampling). Replaying a stored
+    prev_sample gives the sampling call's log-probability bit for bit, and a sample's results do not depend on the rest
+    of the batch. Gradients flow to velocity and sample; log_prob sees prev_sample as a constant.
+
+    Args:
+        sample, velocity: [B, ...] of one shape, each fp32, bf16, fp16 (or fp64).
+        coefficients: from `sde_coefficients`, on the same device.
+        step: index into the schedule, an int or an int64 tensor [] or [B] on the same device (never waited for: an
+            index outside the schedule gives NaN there). With a tensor, a deterministic step's log_prob is 0.
+        noise: [B, ...] standard normals, any float dtype. One of noise, seed and prev_sample, unless the step is
+            deterministic.
+        seed: [B] int64; draws `seeded_noise(seed, shape, step + 1)` inside the kernel.
+        prev_sample: [B, ...] replayed: returned unchanged, and log_prob is taken on it.
+        out_dtype: storage dtype of prev_sample. Default: sample's.
+        rounding: "before": prev_sample is rounded to its storage dtype and log_prob taken on the rounded value.
+            "after": log_prob is taken first, so that a later replay of the rounded value differs from it.
+        return_mean: False does not write mean, which saves a rollout a quarter of the step's memory traffic.
+        check: wait for the device, and raise on a sample or velocity that is not finite. Without it a NaN in velocity
+            becomes a NaN in that sample's prev_sample and log_prob.
+        backend: "auto", "reference", "cpp" or "triton". An explicit one never falls back.
+
+    Returns:
+        prev_sample [B, ...] of out_dtype, log_prob [B] fp32 or None, mean [B, ...] fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not match, a host step outside the schedule, no source or several
+            sources of randomness, an unknown option, a backend that cannot run here, or (check=True) values that are
+            not finite.
+    """
+    random = _check(sample, velocity, coefficients, step, noise, seed, prev_sample, out_dtype, rounding)
+    if check:
+        _raise_if_not_finite(sample=sample, velocity=velocity)
+    mode = LOG_PROB_MODES[coefficients.log_prob] if random else 0
+    replayed = prev_sample
+    if not random:
+        noise = seed = None
+    storage = out_dtype or sample.dtype
+    dtypes = (storage, *(t.dtype for t in (sample, velocity, noise, replayed) if t is not None))
+    chosen = choose_backend(backend, sample.device, dtypes)
+    host_step, device_step = (step, None) if isinstance(step, int) else (0, step)
+    noise, seed, prev_sample = (t if t is None else t.contiguous() for t in (noise, seed, prev_sample))
+    args = (
+        sample.contiguous(),
+        velocity.contiguous(),
+        coefficients.table,
+        device_step,
+        host_step,
+        noise,
+        seed,
+        prev_sample,
+        storage,
+        mode,
+        rounding == "before",
+        return_mean,
+        chosen,
+    )
+    needs_grad = torch.is_grad_enabled() and (sample.requires_grad or velocity.requires_grad)
+    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
+    run = torch.ops.mtedit_fast.sde_step if needs_grad or torch.compiler.is_compiling() else _forward
+    out, log_prob, mean = run(*args)
+    return SDEStepOutput(out if replayed is None else replayed, log_prob if mode else None, mean)
+
+
+def _check(
+    sample: Tensor,
+    velocity: Tensor,
+    coefficients: SDECoefficients,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype | None,
+    rounding: str,
+) -> bool:
+    """Whether the step may be stochastic. Raises on bad arguments; never waits for a device."""
+    for name, tensor in (("sample", sample), ("velocity", velocity), ("noise", noise), ("prev_sample", prev_sample)):
+        if tensor is None and name in ("noise", "prev_sample"):
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if tensor.shape != sample.shape:
+            raise ValueError(f"{name} must have sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
+        if tensor.device != sample.device:
+            raise ValueError(f"{name} must be on sample's device {sample.device}, got {tensor.device}")
+    if sample.ndim < 2 or sample[:1].numel() == 0 < sample.shape[0]:
+        raise ValueError(f"sample must be [B, ...] with elements in every sample, got {list(sample.shape)}")
+    if not isinstance(coefficients, SDECoefficients):
+        raise TypeError(f"coefficients must come from sde_coefficients, got {type(coefficients).__name__}")
+    table = coefficients.table
+    if table.device != sample.device:
+        raise ValueError(
+            f"coefficients must be on sample's device {sample.device}, got {table.device}; "
+            "pass device= to sde_coefficients"
+        )
+    if rounding not in ("before", "after"):
+        raise ValueError(f"rounding must be 'before' or 'after', got {rounding!r}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
+
+    random = coefficients.log_prob != "none"
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64:
+            raise TypeError(f"step must be an int or an int64 tensor, got {step.dtype}")
+        if tuple(step.shape) not in ((), (sample.shape[0],)):
+            raise ValueError(f"step must have shape [] or [B] = [{sample.shape[0]}], got {list(step.shape)}")
+        if step.device != sample.device:
+            raise ValueError(f"step must be an int or on sample's device {sample.device}, got {step.device}")
+        if sample.device.type == "cpu" and not torch.compiler.is_compiling() and step.numel():
+            low, high = int(step.min()), int(step.max())
+            if low < 0 or high >= table.shape[0]:
+                raise ValueError(f"step must be within the schedule's steps 0…{table.shape[0] - 1}, got {low}…{high}")
+    elif isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
+    elif not 0 <= step < table.shape[0]:
+        raise ValueError(f"step must be within the schedule's steps 0…{table.shape[0] - 1}, got {step}")
+    elif coefficients.stochastic:
+        random = random and coefficients.stochastic[step]
+
+    if seed is not None:
+        noise_op.check_seed(seed)
+        if seed.shape[0] != sample.shape[0]:
+            raise ValueError(f"seed must have shape [B] = [{sample.shape[0]}], got {list(seed.shape)}")
+        if seed.device != sample.device:
+            raise ValueError(f"seed must be on sample's device {sample.device}, got {seed.device}")
+    sources = {"noise": noise, "seed": seed, "prev_sample": prev_sample}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"pass only one of noise, seed and prev_sample, got {' and '.join(given)}")
+    if random and not given:
+        raise ValueError("a stochastic step needs noise=, seed= or prev_sample= (to replay); got none of them")
+    return random
+
+
+def _raise_if_not_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        bad = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"{name} is not finite in samples {bad} of the batch; expected finite values")
+
+
+def _rows(table: Tensor, step: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """a, b, c of the step, each [1, 1] or [B, 1]; NaN for a device step outside the schedule."""
+    if isinstance(step, int):
+        rows = table[step][None]
+    else:
+        inside = (step >= 0) & (step < table.shape[0])
+        rows = table[step.clamp(0, table.shape[0] - 1)].masked_fill(~inside[..., None], torch.nan).reshape(-1, 4)
+    return rows[:, :3].to(dtype).split(1, dim=1)
+
+
+def _row_sum(values: Tensor) -> Tensor:
+    """[B, D] -> [B]. In fixed tiles, so that a row's sum does not depend on the batch or on the thread count."""
+    while values.shape[1] > 1:
+        values = pad(values, (0, -values.shape[1] % 1024)).unflatten(1, (-1, 1024)).sum(2)
+    return values[:, 0]
+
+
+def reference_forward(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    want_mean: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Plain PyTorch; every back end has this signature. Returns prev_sample, log_prob [B], mean."""
+    dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
+    a, b, c = _rows(table, step, dtype)
+    mean = a * sample.flatten(1).to(dtype) + b * velocity.flatten(1).to(dtype)
+    if prev_sample is None:
+        if seed is not None:
+            noise = noise_op.reference(seed, mean.shape[1], step + 1, torch.float32)
+        value = mean if noise is None else mean + c * noise.flatten(1).to(dtype)
+        prev_sample = value.view(sample.shape).to(out_dtype, copy=True)
+        if round_before:
+            value = prev_sample.flatten(1).to(dtype)
+    else:
+        value = prev_sample.flatten(1).to(dtype)
+    log_prob = None
+    if log_prob_mode:
+        c = c[:, 0]
+        squared = _row_sum((value - mean) ** 2) / mean.shape[1]
+        log_prob = -squared
+        if log_prob_mode == 1:
+            log_prob = -squared / (2 * c * c) - torch.log(c) - HALF_LOG_TWO_PI
+        log_prob = torch.where(c == 0, 0 * squared, log_prob)  # 0, or NaN where the velocity is
+    return prev_sample, log_prob, mean.view(sample.shape) if want_mean else None
+
+
+def reference_backward(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    grad_prev: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_mean: Tensor | None,
+    needs_sample: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients to sample (or None) and velocity.
+
+    The first ten arguments are the forward's; its result may stand in as prev_sample for the noise or seed if log_prob
+    was taken on it. grad_prev is None where prev_sample was replayed.
+    """
+    dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
+    a, b, c = _rows(table, step, dtype)
+    grad = torch.zeros(sample.shape, dtype=dtype, device=sample.device).flatten(1)
+    if grad_log_prob is not None and log_prob_mode:
+        if not round_before and prev_sample is None:
+            out_dtype = dtype
+        value, _, mean = reference_forward(
+            sample, velocity, table, step, noise, seed, prev_sample, out_dtype, 0, round_before
+        )
+        assert mean is not None
+        scale = torch.where(c == 0, 0, 1 / (c * c)) if log_prob_mode == 1 else torch.where(c == 0, 0, 2.0)
+        scale = grad_log_prob[:, None].to(dtype) * scale / grad.shape[1]
+        grad = scale * (value.to(dtype) - mean).flatten(1)
+    for other in (grad_prev, grad_mean):
+        if other is not None:
+            grad = grad + other.flatten(1).to(dtype)
+    grad_sample = (a * grad).view(sample.shape).to(sample.dtype) if needs_sample else None
+    return grad_sample, (b * grad).view(sample.shape).to(velocity.dtype)
+
+
+def _implementation(backend: str) -> tuple[Any, Any]:
+    if backend == "triton":
+        from mtedit_fast.kernels import sde_step as triton
+
+        return triton.sde_step_forward, triton.sde_step_backward
+    if backend == "cpp":
+        from mtedit_fast.ops import _cpp
+
+        return _cpp.sde_step_forward, _cpp.sde_step_backward
+    return reference_forward, reference_backward
+
+
+def _forward(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    device_step: Tensor | None,
+    host_step: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    want_mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An operator's outputs are tensors that alias no input: what is absent is empty."""
+    step = host_step if device_step is None else device_step
+    out, log_prob, mean = _implementation(backend)[0](
+        sample, velocity, table, step, noise, seed, prev_sample, out_dtype, log_prob_mode, round_before, want_mean
+    )
+    empty = table.new_empty(0)
+    return (
+        out if prev_sample is None else empty,
+        empty if log_prob is None else log_prob,
+        empty if mean is None else mean,
+    )
+
+
+_op = torch.library.custom_op("mtedit_fast::sde_step", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+
+
+@_op.register_fake
+def _(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    device_step: Tensor | None,
+    host_step: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    want_mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
+    return (
+        sample.new_empty(sample.shape if prev_sample is None else 0, dtype=out_dtype),
+        sample.new_empty(sample.shape[0] if log_prob_mode else 0, dtype=dtype),
+        sample.new_empty(sample.shape if want_mean else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mtedit_fast::sde_step_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward_op(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    device_step: Tensor | None,
+    host_step: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    grad_prev: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_mean: Tensor | None,
+    needs_sample: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    step = host_step if device_step is None else device_step
+    grads = [g if g is None else g.contiguous() for g in (grad_prev, grad_log_prob, grad_mean)]
+    grad_sample, grad_velocity = _implementation(backend)[1](
+        sample,
+        velocity,
+        table,
+        step,
+        noise,
+        seed,
+        prev_sample,
+        out_dtype,
+        log_prob_mode,
+        round_before,
+        *grads,
+        needs_sample,
+    )
+    return table.new_empty(0) if grad_sample is None else grad_sample, grad_velocity
+
+
+@_backward_op.register_fake
+def _(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    device_step: Tensor | None,
+    host_step: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    grad_prev: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_mean: Tensor | None,
+    needs_sample: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(sample) if needs_sample else table.new_empty(0), torch.empty_like(velocity)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    sample, velocity, table, device_step, host_step, noise, seed, prev_sample, *options = inputs
+    out_dtype, mode, round_before, _, backend = options
+    ctx.set_materialize_grads(False)
+    ctx.replayed = prev_sample is not None
+    if not ctx.replayed and round_before:
+        noise, seed, prev_sample = None, None, output[0]
+    ctx.save_for_backward(sample, velocity, table, device_step, noise, seed, prev_sample)
+    ctx.options = host_step, out_dtype, mode, round_before, backend
+
+
+def _autograd(
+    ctx: Any, grad_prev: Tensor | None, grad_log_prob: Tensor | None, grad_mean: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    sample, velocity, table, device_step, noise, seed, prev_sample = ctx.saved_tensors
+    host_step, out_dtype, mode, round_before, backend = ctx.options
+    grad_sample, grad_velocity = torch.ops.mtedit_fast.sde_step_backward(
+        sample,
+        velocity,
+        table,
+        device_step,
+        host_step,
+        noise,
+        seed,
+        prev_sample,
+        out_dtype,
+        mode,
+        round_before,
+        None if ctx.replayed else grad_prev,
+        grad_log_prob if mode else None,
+        grad_mean,
+        ctx.needs_input_grad[0],
+        backend,
+    )
+    return grad_sample if ctx.needs_input_grad[0] else None, grad_velocity, *[None] * 11
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
