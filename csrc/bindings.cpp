@@ -1,0 +1,121 @@
+// Python hands over data pointers as integers; mtedit_fast/ops/_cpp.py has checked shapes, dtypes and contiguity.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "sde_step.h"
+#include "seeded_noise.h"
+#ifdef MTEDIT_CUDA_ARCHS
+#include "device_copy.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+using PythonArray = std::pair<Pointer, int>;  // data_ptr (0: absent), dtype code
+
+mtedit::DType dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("dtype code must be 0, 1 or 2, got " + std::to_string(code));
+  return static_cast<mtedit::DType>(code);
+}
+
+mtedit::Array array_of(const PythonArray& array) {
+  return {reinterpret_cast<const void*>(array.first), dtype_of(array.second)};
+}
+
+template <class T>
+T* pointer(Pointer address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The arguments that forward and backward share.
+mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, const PythonArray& noise,
+                        const PythonArray& prev_sample, Pointer seed, Pointer table, Pointer step, std::int64_t rows,
+                        std::int64_t batch, std::int64_t numel, int out_dtype, int log_prob, bool round_before,
+                        int threads) {
+  if (log_prob < 0 || log_prob > 2) {
+    throw std::invalid_argument("log_prob_mode must be 0, 1 or 2, got " + std::to_string(log_prob));
+  }
+  const mtedit::SDEStep in{array_of(sample),
+                           array_of(velocity),
+                           array_of(noise),
+                           array_of(prev_sample),
+                           pointer<const std::int64_t>(seed),
+                           pointer<const float>(table),
+                           pointer<const std::int64_t>(step),
+                           batch,
+                           numel,
+                           dtype_of(out_dtype),
+                           static_cast<mtedit::LogProb>(log_prob),
+                           round_before,
+                           threads};
+  const bool random = in.noise.data || in.prev_sample.data || in.seed || numel == 0;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    if (in.step[b] < 0 || in.step[b] >= rows) {
+      throw std::invalid_argument("step must be in [0, " + std::to_string(rows) + "), got " +
+                                  std::to_string(in.step[b]) + " for sample " + std::to_string(b));
+    }
+    if (!random && in.table[4 * in.step[b] + 2] != 0.0f) {
+      throw std::invalid_argument("step " + std::to_string(in.step[b]) +
+                                  " is stochastic: pass noise, seed or prev_sample");
+    }
+  }
+  return in;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of mtedit_fast, free of torch: pointers and sizes in, nothing out.";
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+
+  m.def("sde_step_forward",
+        [](const PythonArray& sample, const PythonArray& velocity, const PythonArray& noise,
+           const PythonArray& prev_sample, Pointer seed, Pointer table, Pointer step, std::int64_t rows,
+           std::int64_t batch, std::int64_t numel, int out_dtype, int log_prob_mode, bool round_before, int threads,
+           Pointer prev_out, Pointer log_prob_out, Pointer mean_out) {
+          const mtedit::SDEStep in = step_of(sample, velocity, noise, prev_sample, seed, table, step, rows, batch,
+                                             numel, out_dtype, log_prob_mode, round_before, threads);
+          py::gil_scoped_release release;
+          mtedit::sde_step_forward(in, pointer<void>(prev_out), pointer<float>(log_prob_out), pointer<float>(mean_out));
+        });
+
+  m.def("sde_step_backward",
+        [](const PythonArray& sample, const PythonArray& velocity, const PythonArray& noise,
+           const PythonArray& prev_sample, Pointer seed, Pointer table, Pointer step, std::int64_t rows,
+           std::int64_t batch, std::int64_t numel, int out_dtype, int log_prob_mode, bool round_before, int threads,
+           const PythonArray& grad_prev, Pointer grad_log_prob, Pointer grad_mean, Pointer grad_sample,
+           Pointer grad_velocity) {
+          const mtedit::SDEStep in = step_of(sample, velocity, noise, prev_sample, seed, table, step, rows, batch,
+                                             numel, out_dtype, log_prob_mode, round_before, threads);
+          const mtedit::Array incoming = array_of(grad_prev);
+          py::gil_scoped_release release;
+          mtedit::sde_step_backward(in, incoming, pointer<const float>(grad_log_prob), pointer<const float>(grad_mean),
+                                    pointer<void>(grad_sample), pointer<void>(grad_velocity));
+        });
+
+  m.def("seeded_noise", [](Pointer seed, Pointer step, std::int64_t batch, std::int64_t numel, Pointer out, int dtype,
+                           int threads) {
+    const mtedit::DType out_dtype = dtype_of(dtype);
+    py::gil_scoped_release release;
+    mtedit::seeded_noise(pointer<const std::int64_t>(seed), pointer<const std::int64_t>(step), batch, numel,
+                         pointer<void>(out), out_dtype, threads);
+  });
+
+#ifdef MTEDIT_CUDA_ARCHS
+  m.attr("cuda_archs") = MTEDIT_CUDA_ARCHS;
+  m.def("device_copy", &mtedit::device_copy, py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("stream"),
+        py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
+#else
+  m.attr("cuda_archs") = "";
+#endif
+}

@@ -1,0 +1,164 @@
+"""The C++ kernels on CPU tensors: hands data pointers to `mtedit_fast._C`, which knows nothing of torch.
+
+Arguments are those of `ops.sde_step` and `ops.seeded_noise`, already checked there.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_C: ModuleType | None = None
+_reason: str | None = None
+try:  # after torch, so that both share one OpenMP runtime and its threads
+    from mtedit_fast import _C
+except ImportError as error:
+    _reason = f"the C++ extension is not built ({error}): install g++ and run `pip install .` again"
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LOG_PROB_NONE, LOG_PROB_GAUSSIAN, LOG_PROB_SQUARED = 0, 1, 2
+
+
+def unavailable_reason() -> str | None:
+    """Why the C++ kernels cannot run, or None if they can. `MTEDIT_NO_CPP=1` turns them off."""
+    if os.environ.get("MTEDIT_NO_CPP") == "1":
+        return "MTEDIT_NO_CPP=1 is set"
+    return _reason
+
+
+def _module() -> ModuleType:
+    reason = unavailable_reason()
+    if _C is None or reason is not None:
+        raise RuntimeError(f"the C++ kernels cannot run: {reason}")
+    return _C
+
+
+def _array(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype])
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _per_sample(step: int | Tensor, batch: int) -> Tensor:
+    if isinstance(step, Tensor):
+        return step.to(torch.int64).expand(batch).contiguous()
+    return torch.full((batch,), step, dtype=torch.int64)
+
+
+class _Step:
+    """The arguments that forward and backward share, contiguous and kept alive while C++ reads them."""
+
+    def __init__(
+        self,
+        sample: Tensor,
+        velocity: Tensor,
+        table: Tensor,
+        step: int | Tensor,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        prev_sample: Tensor | None,
+        out_dtype: torch.dtype,
+        log_prob_mode: int,
+        round_before: bool,
+    ):
+        batch = sample.shape[0]
+        self.sample, self.velocity, self.table = sample.contiguous(), velocity.contiguous(), table.contiguous()
+        self.step = _per_sample(step, batch)
+        self.noise, self.seed, self.prev_sample = (
+            None if tensor is None else tensor.contiguous() for tensor in (noise, seed, prev_sample)
+        )
+        self.arguments = (
+            _array(self.sample),
+            _array(self.velocity),
+            _array(self.noise),
+            _array(self.prev_sample),
+            _pointer(self.seed),
+            _pointer(self.table),
+            _pointer(self.step),
+            self.table.shape[0],
+            batch,
+            sample[0].numel() if batch else 0,
+            _DTYPE_CODES[out_dtype],
+            log_prob_mode,
+            round_before,
+            torch.get_num_threads(),
+        )
+
+
+def sde_step_forward(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    want_mean: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """prev_sample (the given one on replay), log_prob [B] fp32 (None in mode 0) and the fp32 mean (None if unwanted).
+
+    Raises:
+        ValueError: step is outside the table, or is stochastic and has no source of randomness.
+    """
+    args = _Step(sample, velocity, table, step, noise, seed, prev_sample, out_dtype, log_prob_mode, round_before)
+    new = torch.empty(sample.shape, dtype=out_dtype) if prev_sample is None else None
+    log_prob = torch.empty(sample.shape[0]) if log_prob_mode != LOG_PROB_NONE else None
+    mean = torch.empty(sample.shape) if want_mean else None
+    _module().sde_step_forward(*args.arguments, _pointer(new), _pointer(log_prob), _pointer(mean))
+    result = prev_sample if new is None else new
+    assert result is not None
+    return result, log_prob, mean
+
+
+def sde_step_backward(
+    sample: Tensor,
+    velocity: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    prev_sample: Tensor | None,
+    out_dtype: torch.dtype,
+    log_prob_mode: int,
+    round_before: bool,
+    grad_prev: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_mean: Tensor | None,
+    needs_sample: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients (sample's, or None; velocity's), in their dtypes; an incoming gradient may be None.
+
+    The first ten arguments are the forward's. Where the log-prob was taken on the rounded sample, passing the
+    forward's result as `prev_sample` in place of its noise gives the same gradient without drawing it again.
+    """
+    args = _Step(sample, velocity, table, step, noise, seed, prev_sample, out_dtype, log_prob_mode, round_before)
+    upstream = None if grad_prev is None else grad_prev.contiguous()
+    log_prob = None if grad_log_prob is None else grad_log_prob.float().contiguous()
+    mean = None if grad_mean is None else grad_mean.float().contiguous()
+    grad_sample = torch.empty_like(args.sample) if needs_sample else None
+    grad_velocity = torch.empty_like(args.velocity)
+    _module().sde_step_backward(
+        *args.arguments,
+        _array(upstream),
+        _pointer(log_prob),
+        _pointer(mean),
+        _pointer(grad_sample),
+        _pointer(grad_velocity),
+    )
+    return grad_sample, grad_velocity
+
+
+def seeded_noise(seed: Tensor, numel: int, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, numel] standard normals of counter step `step`."""
+    seed = seed.contiguous()
+    steps = _per_sample(step, seed.shape[0])
+    noise = torch.empty(seed.shape[0], numel, dtype=dtype)
+    arguments = (seed.shape[0], numel, noise.data_ptr(), _DTYPE_CODES[dtype], torch.get_num_threads())
+    _module().seeded_noise(seed.data_ptr(), steps.data_ptr(), *arguments)
+    return noise
