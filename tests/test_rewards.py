@@ -1,0 +1,107 @@
+"""Rewards by import path: what they get, what they may return, and errors that name them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mtedit_fast.training.config import RewardConfig
+from mtedit_fast.training.rewards import RewardBatch, load_reward, score
+
+MODULE = """
+import numpy as np, torch
+NUMBER = 3
+def brightness(batch): return batch.edits.mean(dim=(2, 3, 4)).double()
+def success(batch): return batch.edits.mean(dim=(2, 3, 4)) > 0.5
+def array(batch): return np.arange(6, dtype=np.float16).reshape(2, 3)
+def some(batch): return [[1, None, 0.5], [float("nan"), 2, 3]]
+def per_row(batch): return batch.edits.mean(dim=(1, 2, 3, 4))
+def texts(batch): return [["a", "b", "c"]] * 2
+def ragged(batch): return [[1, 2, 3], [1]]
+def imaginary(batch): return torch.zeros(2, 3, dtype=torch.complex64)
+def gradient(batch): return (batch.edits.mean(dim=(2, 3, 4)) * torch.ones((), requires_grad=True))
+def records(batch): return [[float(len(i)) + r["bonus"] for i in t] for t, r in zip(batch.instructions, batch.records)]
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(MODULE)
+    (tmp_path / "broken_rewards.py").write_text("import not_a_module_anywhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
+
+
+@pytest.fixture
+def batch():
+    images = torch.rand(2, 4, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    records = [{"bonus": 0.5}, {"bonus": 10.0}]
+    return RewardBatch(images[:, 0], images[:, 1:], [["a", "bb", "ccc"], ["dd", "e", "f"]], records)
+
+
+def run(names, batch):
+    return score([RewardConfig(name=name, path=f"my_rewards:{name}") for name in names], batch)
+
+
+@pytest.mark.usefixtures("module")
+def test_scores_are_fp32_whatever_a_reward_returns(batch):
+    scores = run(["brightness", "success", "array", "some", "records", "gradient"], batch)
+    mean = batch.edits.mean(dim=(2, 3, 4))
+    torch.testing.assert_close(scores["brightness"], mean)
+    assert scores["success"].tolist() == (mean > 0.5).float().tolist()
+    assert scores["array"].tolist() == np.arange(6.0).reshape(2, 3).tolist()
+    assert math.isnan(scores["some"][0, 1])
+    assert math.isnan(scores["some"][1, 0])
+    assert scores["some"][1, 1:].tolist() == [2, 3]
+    assert scores["records"].tolist() == [[1.5, 2.5, 3.5], [12.0, 11.0, 11.0]]
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in scores.values())
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("per_row", ValueError, r"reward 'per_row' \(my_rewards:per_row\): expected \[B, K\] = \[2, 3\], got \[2\]"),
+        ("texts", TypeError, r"reward 'texts'.*expected numbers \[B, K\], got could not convert"),
+        ("ragged", TypeError, r"reward 'ragged'.*expected numbers \[B, K\]"),
+        ("imaginary", TypeError, r"reward 'imaginary'.*expected real numbers, got torch.complex64"),
+    ],
+)
+def test_wrong_returns_name_the_reward(name, error, message, batch):
+    with pytest.raises(error, match=message):
+        run([name], batch)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("my_rewards", r"reward path 'my_rewards': expected package\.module:function"),
+        ("my_rewards:", r"expected package\.module:function"),
+        ("no_such_rewards:fn", r"cannot import no_such_rewards: No module named 'no_such_rewards'"),
+        ("broken_rewards:fn", r"cannot import broken_rewards: No module named 'not_a_module_anywhere'"),
+        ("my_rewards:brightnes", r"my_rewards has no 'brightnes'; did you mean 'brightness'\?"),
+        ("my_rewards:zzz", r"my_rewards has no 'zzz'$"),
+        ("my_rewards:NUMBER", r"expected a function, got int"),
+    ],
+)
+def test_wrong_paths(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(path)
+
+
+def test_installed_rewards_load_too():
+    assert load_reward("math:sqrt") is math.sqrt
+
+
+def test_batch_shapes_are_checked(batch):
+    with pytest.raises(ValueError, match=r"edits: expected \[B, K, 3, H, W\], got \[2, 3, 5, 7\]"):
+        RewardBatch(batch.references, batch.references, batch.instructions)
+    with pytest.raises(ValueError, match=r"references: expected \[2, 3, 5, 7\] like edits, got \[1, 3, 5, 7\]"):
+        RewardBatch(batch.references[:1], batch.edits, batch.instructions)
+    with pytest.raises(ValueError, match=r"instructions: expected 2 lists of 3, got 2 lists of \[2\]"):
+        RewardBatch(batch.references, batch.edits, [["a", "b"]] * 2)
+    with pytest.raises(ValueError, match=r"records: expected 2 or none, got 1"):
+        RewardBatch(batch.references, batch.edits, batch.instructions, [{}])
