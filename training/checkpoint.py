@@ -18,7 +18,6 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    step: int
     tensors: dict[str, Tensor]
     state: Any
 
@@ -39,7 +38,7 @@ def save_checkpoint(
     tree = _flatten(state, flat, "state")
     # Own storage for each: safetensors refuses tensors that share memory.
     flat = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in flat.items()}
-    content = json.dumps({"step": step, "fingerprint": fingerprint, "state": tree})
+    content = json.dumps({"fingerprint": fingerprint, "state": tree})
     payload = save(flat, metadata={"content": content, "sha256": _digest(flat, content)})
     path = directory / f"step-{step:08d}.safetensors"
     temporary = directory / f".{path.name}.tmp"
@@ -73,7 +72,7 @@ def load_checkpoint(path: str | Path, fingerprint: str) -> Checkpoint:
             "resume with its own configuration or choose another output_dir"
         )
     tensors = {name.removeprefix("tensors/"): value for name, value in flat.items() if name.startswith("tensors/")}
-    return Checkpoint(content["step"], tensors, _unflatten(content["state"], flat))
+    return Checkpoint(tensors, _unflatten(content["state"], flat))
 
 
 def latest(directory: str | Path) -> Path | None:
