@@ -48,6 +48,7 @@ mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, 
                            pointer<const std::int64_t>(seed),
                            pointer<const float>(table),
                            pointer<const std::int64_t>(step),
+                           rows,
                            batch,
                            numel,
                            dtype_of(out_dtype),
@@ -55,14 +56,10 @@ mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, 
                            round_before,
                            threads};
   const bool random = in.noise.data || in.prev_sample.data || in.seed || numel == 0;
-  for (std::int64_t b = 0; b < batch; ++b) {
-    if (in.step[b] < 0 || in.step[b] >= rows) {
-      throw std::invalid_argument("step must be in [0, " + std::to_string(rows) + "), got " +
-                                  std::to_string(in.step[b]) + " for sample " + std::to_string(b));
-    }
-    if (!random && in.table[4 * in.step[b] + 2] != 0.0f) {
-      throw std::invalid_argument("step " + std::to_string(in.step[b]) +
-                                  " is stochastic: pass noise, seed or prev_sample");
+  for (std::int64_t b = 0; !random && b < batch; ++b) {
+    const std::int64_t row = in.step[b];
+    if (row >= 0 && row < rows && in.table[4 * row + 2] != 0.0f) {
+      throw std::invalid_argument("step " + std::to_string(row) + " is stochastic: pass noise, seed or prev_sample");
     }
   }
   return in;

@@ -55,7 +55,9 @@ MTEDIT_VECTORIZE void scale(float k, const float* in, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = k * in[i];
 }
 
+// NaN for a step outside the schedule, as in the reference: a device-side index is not worth an exception.
 Row row_of(const SDEStep& in, std::int64_t b) {
+  if (in.step[b] < 0 || in.step[b] >= in.rows) return {NAN, NAN, NAN};
   const float* row = in.table + 4 * in.step[b];
   return {row[0], row[1], row[2]};
 }
@@ -85,6 +87,7 @@ void step_tile(const SDEStep& in, const Row& row, std::int64_t b, std::int64_t o
 }
 
 float log_prob_of(LogProb kind, float c, double mean_square) {
+  if (c == 0.0f) return static_cast<float>(0.0 * mean_square);  // deterministic: 0, or NaN where the velocity is
   if (kind == LogProb::kSquared) return static_cast<float>(-mean_square);
   const double variance = static_cast<double>(c) * c;
   return static_cast<float>(-mean_square / (2.0 * variance) - std::log(static_cast<double>(c)) -
@@ -106,8 +109,7 @@ void sde_step_forward(const SDEStep& in, void* prev_sample, float* log_prob, flo
   for (std::int64_t b = 0; log_prob && b < in.batch; ++b) {
     double sum = 0.0;
     for (std::int64_t t = 0; t < tiles; ++t) sum += squares[b * tiles + t];
-    const float c = row_of(in, b).c;
-    log_prob[b] = c == 0.0f ? 0.0f : log_prob_of(in.log_prob, c, sum / static_cast<double>(in.numel));
+    log_prob[b] = log_prob_of(in.log_prob, row_of(in, b).c, sum / static_cast<double>(in.numel));
   }
 }
 
@@ -118,11 +120,11 @@ void sde_step_backward(const SDEStep& in, const Array& grad_prev, const float* g
     const Row row = row_of(in, b);
     alignas(64) float grad[kTile] = {};  // with respect to the mean
     alignas(64) float scratch[kTile];
-    if (grad_log_prob && row.c != 0.0f) {
+    if (grad_log_prob) {
       Step tile;
       step_tile(in, row, b, offset, n, tile);
       const double variance = static_cast<double>(row.c) * row.c;
-      const double density = in.log_prob == LogProb::kSquared ? 2.0 : 1.0 / variance;
+      const double density = variance == 0.0 ? 0.0 : in.log_prob == LogProb::kSquared ? 2.0 : 1.0 / variance;
       const auto k = static_cast<float>(grad_log_prob[b] * density / static_cast<double>(in.numel));
       scaled_difference(k, tile.prev, tile.mean, n, grad);
     }

@@ -20,7 +20,7 @@ struct SDEStep {
   const std::int64_t* seed;
   const float* table;
   const std::int64_t* step;
-  std::int64_t batch, numel;
+  std::int64_t rows, batch, numel;
   DType out_dtype;    // storage of the new prev_sample
   LogProb log_prob;
   bool round_before;  // the log-prob sees prev_sample rounded to out_dtype

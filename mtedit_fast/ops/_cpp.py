@@ -3,35 +3,26 @@
 Arguments are those of `ops.sde_step` and `ops.seeded_noise`, already checked there.
 """
 
-import os
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_C: ModuleType | None = None
+_C: Any = None
 _reason: str | None = None
 try:  # after torch, so that both share one OpenMP runtime and its threads
-    from mtedit_fast import _C
+    _C = import_module("mtedit_fast._C")
 except ImportError as error:
-    _reason = f"the C++ extension is not built ({error}): install g++ and run `pip install .` again"
+    _reason = f"the C++ extension is not built ({error}): install g++, then mtedit-fast again"
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LOG_PROB_NONE, LOG_PROB_GAUSSIAN, LOG_PROB_SQUARED = 0, 1, 2
 
 
 def unavailable_reason() -> str | None:
-    """Why the C++ kernels cannot run, or None if they can. `MTEDIT_NO_CPP=1` turns them off."""
-    if os.environ.get("MTEDIT_NO_CPP") == "1":
-        return "MTEDIT_NO_CPP=1 is set"
+    """Why the C++ kernels cannot run, or None if they can."""
     return _reason
-
-
-def _module() -> ModuleType:
-    reason = unavailable_reason()
-    if _C is None or reason is not None:
-        raise RuntimeError(f"the C++ kernels cannot run: {reason}")
-    return _C
 
 
 def _array(tensor: Tensor | None) -> tuple[int, int]:
@@ -104,13 +95,13 @@ def sde_step_forward(
     """prev_sample (the given one on replay), log_prob [B] fp32 (None in mode 0) and the fp32 mean (None if unwanted).
 
     Raises:
-        ValueError: step is outside the table, or is stochastic and has no source of randomness.
+        ValueError: a step is stochastic and has no source of randomness.
     """
     args = _Step(sample, velocity, table, step, noise, seed, prev_sample, out_dtype, log_prob_mode, round_before)
     new = torch.empty(sample.shape, dtype=out_dtype) if prev_sample is None else None
     log_prob = torch.empty(sample.shape[0]) if log_prob_mode != LOG_PROB_NONE else None
     mean = torch.empty(sample.shape) if want_mean else None
-    _module().sde_step_forward(*args.arguments, _pointer(new), _pointer(log_prob), _pointer(mean))
+    _C.sde_step_forward(*args.arguments, _pointer(new), _pointer(log_prob), _pointer(mean))
     result = prev_sample if new is None else new
     assert result is not None
     return result, log_prob, mean
@@ -143,7 +134,7 @@ def sde_step_backward(
     mean = None if grad_mean is None else grad_mean.float().contiguous()
     grad_sample = torch.empty_like(args.sample) if needs_sample else None
     grad_velocity = torch.empty_like(args.velocity)
-    _module().sde_step_backward(
+    _C.sde_step_backward(
         *args.arguments,
         _array(upstream),
         _pointer(log_prob),
@@ -160,5 +151,5 @@ def seeded_noise(seed: Tensor, numel: int, step: int | Tensor, dtype: torch.dtyp
     steps = _per_sample(step, seed.shape[0])
     noise = torch.empty(seed.shape[0], numel, dtype=dtype)
     arguments = (seed.shape[0], numel, noise.data_ptr(), _DTYPE_CODES[dtype], torch.get_num_threads())
-    _module().seeded_noise(seed.data_ptr(), steps.data_ptr(), *arguments)
+    _C.seeded_noise(seed.data_ptr(), steps.data_ptr(), *arguments)
     return noise
