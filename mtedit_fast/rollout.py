@@ -236,7 +236,15 @@ def rollout(
     return trajectories
 
 
-def replay(editor: Editor, trajectories: Trajectories, rows: slice, turn: int, steps: range) -> SDEStepOutput:
+def replay(
+    editor: Editor,
+    trajectories: Trajectories,
+    rows: slice,
+    turn: int,
+    steps: range,
+    *,
+    return_mean: bool = True,
+) -> SDEStepOutput:
     """Log-probs of stored steps under the editor's current weights, with gradient.
 
     One stored step in one of the rollout's own micro-batches repeats the rollout's arithmetic bit for bit: with
@@ -247,6 +255,7 @@ def replay(editor: Editor, trajectories: Trajectories, rows: slice, turn: int, s
         rows: trajectories, a slice of the batch; from `micro_batches()` for exactness.
         turn: 0 … K−1.
         steps: positions 0 … S−1 within the stored window, contiguous.
+        return_mean: False leaves `mean` empty, for objectives that need only the log-prob.
 
     Returns:
         SDEStepOutput with `log_prob` [b·s] and `mean` [b·s, N, C], step-major.
@@ -267,7 +276,7 @@ def replay(editor: Editor, trajectories: Trajectories, rows: slice, turn: int, s
     before = before.transpose(0, 1).flatten(0, 1)  # step-major [s·b, N, C]
     after = after.transpose(0, 1).flatten(0, 1)
     velocity = _velocity(editor, trajectories, before, timestep, references, text)
-    return sde_step(before, velocity, trajectories.coefficients, index, prev_sample=after)
+    return sde_step(before, velocity, trajectories.coefficients, index, prev_sample=after, return_mean=return_mean)
 
 
 def _denoise(editor: Editor, trajectories: Trajectories, rows: slice, turn: int, keys: Tensor) -> Tensor:
@@ -281,7 +290,7 @@ def _denoise(editor: Editor, trajectories: Trajectories, rows: slice, turn: int,
             trajectories.latents[rows, turn, 0] = latents
         velocity = _velocity(editor, trajectories, latents, trajectories.timesteps[step], references, text)
         trajectories.finite[rows, turn, step] = velocity.flatten(1).sum(1, dtype=torch.float32).isfinite()
-        out = sde_step(latents, velocity, trajectories.coefficients, step, seed=keys)
+        out = sde_step(latents, velocity, trajectories.coefficients, step, seed=keys, return_mean=config.keep_means)
         latents = out.prev_sample
         if stored:
             trajectories.latents[rows, turn, position + 1] = latents

@@ -125,7 +125,7 @@ class Trainer:
         return rollout(
             self.editor,
             references,
-            [record.instructions[: self.config.rollout.turns] for record in records],
+            [record.instructions for record in records],
             config,
             seeds,
             timer=self.timer,
@@ -160,13 +160,12 @@ class Trainer:
         """Every configured reward, [B, K]."""
         group = self.config.rollout.group_size
         repeated = [record for record in records for _ in range(group)]
+        references = torch.stack([record.image for record in records]).to(trajectories.images.device)
         batch = RewardBatch(
-            references=torch.stack([record.image for record in records])
-            .to(trajectories.images.device)
-            .repeat_interleave(group, 0),
+            references=references.repeat_interleave(group, 0),
             edits=trajectories.images,
-            instructions=[record.instructions[: self.config.rollout.turns] for record in repeated],
-            records=repeated,
+            instructions=[record.instructions for record in repeated],
+            records=[{"id": record.id, "objects": record.objects, **record.extra} for record in repeated],
         )
         return score(self.config.rewards, batch)
 

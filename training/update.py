@@ -116,7 +116,8 @@ class PolicyUpdate:
     ) -> tuple[SDEStepOutput, Objective]:
         """Forward of some steps of one micro-batch, and the objective on its kept rows (step-major, [s·b])."""
         config = self.objective
-        out = replay(self.editor, trajectories, rows, turn, steps)
+        needs_mean = config.name == "grpo_guard" or config.kl_weight > 0
+        out = replay(self.editor, trajectories, rows, turn, steps, return_mean=needs_mean)
         assert out.log_prob is not None  # stored steps are stochastic
         keep = result.keep[rows].repeat(len(steps))
         advantage = result.advantages[rows, turn].repeat(len(steps))
@@ -151,7 +152,7 @@ class PolicyUpdate:
         result = {}
         for rows in batches:
             for turn, steps in self._chunks(trajectories):
-                log_prob = replay(self.editor, trajectories, rows, turn, steps).log_prob
+                log_prob = replay(self.editor, trajectories, rows, turn, steps, return_mean=False).log_prob
                 assert log_prob is not None
                 result[rows.start, turn, steps.start] = log_prob
         return result

@@ -311,11 +311,10 @@ def _forward(
     out, log_prob, mean = _implementation(backend)[0](
         sample, velocity, table, step, noise, seed, prev_sample, out_dtype, log_prob_mode, round_before, want_mean
     )
-    empty = table.new_empty(0)
     return (
-        out if prev_sample is None else empty,
-        empty if log_prob is None else log_prob,
-        empty if mean is None else mean,
+        out if prev_sample is None else table.new_empty(0),
+        table.new_empty(0) if log_prob is None else log_prob,
+        table.new_empty(0) if mean is None else mean,
     )
 
 

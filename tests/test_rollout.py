@@ -1,0 +1,209 @@
+"""Rollouts: exact replay, noise that ignores the batch split, windows, shared conditioning, NaN flags."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import SIZE, tiny_editor
+
+from mtedit_fast.ops import sde_step, seeded_noise
+from mtedit_fast.rollout import RolloutConfig, replay, rollout, sample_seeds
+from mtedit_fast.timing import PhaseTimer
+from mtedit_fast.training.trainer import KONTEXT_LORA_TARGETS
+
+PROMPTS = [["Remove the red circle", "Add a blue square", "Change the background to sky"], ["a b c", "d e", "f"]]
+CONFIG = RolloutConfig(group_size=4, num_steps=4, micro_batch=4, guidance_scale=2.5)
+
+
+@pytest.fixture(scope="module")
+def editor():
+    editor = tiny_editor()
+    editor.transformer.add_adapter(LoraConfig(r=4, target_modules=KONTEXT_LORA_TARGETS, init_lora_weights=False))
+    return editor
+
+
+@pytest.fixture(scope="module")
+def references():
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def trajectories(editor, references):
+    return rollout(editor, references, PROMPTS, replace(CONFIG, keep_means=True), sample_seeds(0, 0, 8))
+
+
+def test_replay_is_exact_in_the_rollouts_shape(editor, trajectories):
+    for rows in trajectories.micro_batches():
+        for turn in range(3):
+            for position in range(3):
+                out = replay(editor, trajectories, rows, turn, range(position, position + 1))
+                assert torch.equal(out.log_prob.detach(), trajectories.log_probs[rows, turn, position])
+                assert torch.equal(out.mean.detach(), trajectories.means[rows, turn, position])
+                assert out.log_prob.requires_grad
+
+
+def test_several_steps_in_one_forward_agree_up_to_batch_noise(editor, trajectories):
+    rows = slice(4, 8)
+    out = replay(editor, trajectories, rows, 1, range(3), return_mean=False)
+    stored = trajectories.log_probs[rows, 1].T.flatten()
+    assert (out.log_prob.detach() - stored).abs().max() <= 1e-5
+    assert out.mean.numel() == 0
+    dt, std = trajectories.step_constants(rows, range(3))
+    sigmas = trajectories.sigmas
+    assert torch.equal(dt.view(3, 4)[:, 0], sigmas[1:4] - sigmas[:3])
+    assert torch.equal(std.view(3, 4)[:, 2], trajectories.coefficients.table[:3, 3])
+
+
+def test_log_probs_are_those_of_the_stored_states(editor, trajectories):
+    """An independent fp64 Gaussian density of the stored transition, from sigma and the velocity alone."""
+    rows, turn, step = slice(0, 4), 0, 1
+    before, after = trajectories.latents[rows, turn, 1].double(), trajectories.latents[rows, turn, 2].double()
+    sigma, sigma_next = (trajectories.sigmas[i].item() for i in (step, step + 1))
+    with torch.no_grad():
+        velocity = editor.velocity(
+            before.float(),
+            trajectories.timesteps[step],
+            trajectories.references(rows, turn),
+            trajectories.text_rows(rows, turn),
+            height=SIZE,
+            width=SIZE,
+            guidance_scale=2.5,
+        ).double()
+    dt, s2 = sigma_next - sigma, CONFIG.eta**2 * sigma / (1 - sigma)
+    mean = before * (1 + s2 * dt / (2 * sigma)) + velocity * (1 + s2 * (1 - sigma) / (2 * sigma)) * dt
+    expected = torch.distributions.Normal(mean, (s2 * -dt) ** 0.5).log_prob(after).flatten(1).mean(1)
+    assert (trajectories.log_probs[rows, turn, step] - expected).abs().max() < 1e-5
+
+
+def test_noise_and_steps_ignore_the_batch_split(editor, references, trajectories):
+    """1×16 against 4×4: noise bit-identical, and the step too when the velocity is; images within batch noise."""
+    config = replace(CONFIG, group_size=8, micro_batch=16)
+    seeds = sample_seeds(1, 0, 16)
+    whole = rollout(editor, references, PROMPTS, config, seeds)
+    split = rollout(editor, references, PROMPTS, replace(config, micro_batch=4), seeds)
+    assert torch.equal(whole.latents[:, 0, 0], split.latents[:, 0, 0])
+    assert torch.equal(whole.latents[:, 2, 0], split.latents[:, 2, 0])
+    assert (whole.latents[:, 0] - split.latents[:, 0]).abs().max() < 1e-4
+    velocity = torch.randn(16, 16, 64)
+    step = sde_step(whole.latents[:, 0, 0], velocity, whole.coefficients, 0, seed=seeds)
+    for start in range(0, 16, 4):
+        rows = slice(start, start + 4)
+        part = sde_step(whole.latents[rows, 0, 0], velocity[rows], whole.coefficients, 0, seed=seeds[rows])
+        assert torch.equal(part.prev_sample, step.prev_sample[rows])
+        assert torch.equal(part.log_prob, step.log_prob[rows])
+
+
+def test_window_stores_only_its_steps(editor, references):
+    config = replace(CONFIG, window=(1, 2))
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    assert result.latents.shape == (8, 3, 2, 16, 64)
+    assert result.log_probs.shape == (8, 3, 1)
+    out = replay(editor, result, slice(0, 4), 2, range(1))
+    assert torch.equal(out.log_prob.detach(), result.log_probs[:4, 2, 0])
+    # outside the window the ODE: the state before the window is an Euler step from the seeded noise
+    noise = seeded_noise(sample_seeds(0, 0, 8)[:4], (16, 64), 0)
+    with torch.no_grad():
+        velocity = editor.velocity(
+            noise,
+            result.timesteps[0],
+            result.references(slice(0, 4), 0),
+            result.text_rows(slice(0, 4), 0),
+            height=SIZE,
+            width=SIZE,
+            guidance_scale=2.5,
+        )
+    expected = noise.double() + (result.sigmas[1] - result.sigmas[0]).double() * velocity.double()
+    assert (result.latents[:4, 0, 0] - expected).abs().max() < 1e-6
+
+
+def test_ode_has_no_stored_steps_and_images_are_8_bit(editor, references):
+    result = rollout(editor, references, PROMPTS, replace(CONFIG, variant="ode"), sample_seeds(0, 0, 8))
+    assert result.log_probs.shape == (8, 3, 0)
+    levels = result.images * 255
+    assert torch.equal(levels.round() / 255, result.images)
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+
+
+def test_latent_chain_hands_latents_on(editor, references):
+    config = replace(CONFIG, latent_chain=True, window=(0, 4))
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    assert torch.equal(result.later_references[:, 0], result.latents[:, 0, -1])
+    plain = rollout(editor, references, PROMPTS, replace(config, latent_chain=False), sample_seeds(0, 0, 8))
+    assert torch.equal(plain.latents[:, 0], result.latents[:, 0])
+    assert not torch.equal(plain.latents[:, 1], result.latents[:, 1])
+
+
+def test_bf16_state_replays_exactly(references):
+    editor = tiny_editor(torch.bfloat16)
+    config = replace(CONFIG, state_dtype=torch.bfloat16)
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    assert result.latents.dtype == torch.bfloat16
+    out = replay(editor, result, slice(4, 8), 1, range(2, 3))
+    assert torch.equal(out.log_prob, result.log_probs[4:, 1, 2])
+
+
+def test_timer_and_progress(editor, references):
+    timer, done = PhaseTimer(), []
+    rollout(
+        editor,
+        references,
+        PROMPTS,
+        replace(CONFIG, variant="ode"),
+        sample_seeds(0, 0, 8),
+        timer=timer,
+        progress=done.append,
+    )
+    assert sum(done) == 8 * 3
+    seconds = timer.seconds()
+    assert set(seconds) == {"encode", "denoise", "decode"}
+    assert all(value > 0 for value in seconds.values())
+    assert timer.seconds() == {}
+
+
+def test_seeds_are_a_pure_function():
+    assert torch.equal(sample_seeds(3, 4, 8)[:5], sample_seeds(3, 4, 5))
+    everything = torch.cat([sample_seeds(s, i, 100) for s in range(3) for i in range(3)])
+    assert len(everything.unique()) == 900
+
+
+def test_nan_is_flagged_per_step_and_raised_after_the_loop(references):
+    editor = tiny_editor()
+    embed = editor.transformer.x_embedder
+    calls = []
+
+    def poison(module, inputs, output):
+        calls.append(1)
+        if len(calls) == 6:  # micro-batch 0, turn 1, step 1
+            output = output.clone()
+            output[2] = float("nan")
+        return output
+
+    embed.register_forward_hook(poison)
+    result = rollout(editor, references, PROMPTS, CONFIG, sample_seeds(0, 0, 8))
+    assert not result.finite[2, 1, 1]
+    assert result.finite[2, 0].all()
+    assert result.finite[[0, 1, 3, 4, 5, 6, 7]].all()
+    with pytest.raises(ValueError, match=r"velocity: expected finite.*\(sample, turn, step\) \[\[2, 1, 1\]"):
+        result.raise_if_not_finite()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"references": torch.rand(2, 1, SIZE, SIZE)}, r"references: expected \[P, 3, H, W\]"),
+        ({"references": torch.rand(2, 3, 60, SIZE)}, "height, width: expected positive multiples of 16"),
+        ({"instructions": PROMPTS[:1]}, r"instructions: expected one list per reference \(2\), got 1"),
+        ({"instructions": [["a"], ["a", "b"]]}, "instructions: expected equally many turns"),
+        ({"seeds": sample_seeds(0, 0, 7)}, r"seeds: expected int64 \[8\]"),
+        ({"seeds": torch.zeros(8)}, r"seeds: expected int64 \[8\]"),
+        ({"config": replace(CONFIG, window=(2, 5))}, "window: expected 0 <= start < stop <= num_steps"),
+        ({"config": replace(CONFIG, eta=-0.1)}, "eta"),
+        ({"config": replace(CONFIG, micro_batch=0)}, "group_size, micro_batch: expected >= 1"),
+    ],
+)
+def test_bad_input_names_the_argument(editor, references, change, message):
+    arguments = {"references": references, "instructions": PROMPTS, "config": CONFIG, "seeds": sample_seeds(0, 0, 8)}
+    with pytest.raises(ValueError, match=message):
+        rollout(editor, **(arguments | change))

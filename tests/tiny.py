@@ -1,0 +1,34 @@
+"""Tiny editors of the real classes with random weights, for tests that need no skill."""
+
+import functools
+
+import torch
+from diffusers import FluxKontextPipeline
+
+from mtedit_fast.editors import KontextEditor
+from mtedit_fast.training.playground.models import MAX_TOKENS, new_pipeline, new_vae
+
+SIZE = 64
+
+
+@functools.cache
+def _state() -> dict[str, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    pipeline = new_pipeline(new_vae())
+    for parameter in pipeline.transformer.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # the output layer starts at zero: give it something
+    return {name: getattr(pipeline, name).state_dict() for name in ("transformer", "vae")}
+
+
+def tiny_pipeline(dtype: torch.dtype = torch.float32) -> FluxKontextPipeline:
+    """A fresh copy of one random tiny FluxKontextPipeline, 64×64 images."""
+    torch.manual_seed(0)
+    pipeline = new_pipeline(new_vae())
+    for name, state in _state().items():
+        getattr(pipeline, name).load_state_dict(state)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(dtype=dtype)
+
+
+def tiny_editor(dtype: torch.dtype = torch.float32) -> KontextEditor:
+    return KontextEditor(tiny_pipeline(dtype), max_sequence_length=MAX_TOKENS)
