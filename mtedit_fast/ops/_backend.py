@@ -25,10 +25,10 @@ def unavailable_reason(backend: str, device: torch.device, dtypes: tuple[torch.d
             return str(error)
         return _cpp.unavailable_reason()
     try:
-        from mtedit_fast.kernels import sde_step
+        from mtedit_fast.kernels.seeded_noise import INTERPRETED
     except ImportError as error:
         return str(error)
-    if device.type != "cuda" and not sde_step.INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA and the tensors are on {device} (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
     return None
 

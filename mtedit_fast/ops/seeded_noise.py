@@ -107,7 +107,7 @@ def box_muller(radius_bits: Tensor, angle_bits: Tensor) -> tuple[Tensor, Tensor]
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
     square = f * f
     log = e * LN2_HIGH + (e * LN2_LOW + _horner(f, LOG) * f * square - 0.5 * square + f)
-    radius = torch.sqrt(-2.0 * log)
+    radius = (-2.0 * log).double().sqrt().float()  # torch's fp32 square root on CPU is not the IEEE one
     # The nearest quarter turn, and an exact remainder in [-1/8, 1/8) turn.
     quarter = angle_bits + 0x20000000 >> 30 & 3
     theta = ((angle_bits + 0x20000000 & 0x3FFFFFFF) - 0x20000000).float() * TURN
