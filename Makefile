@@ -1,29 +1,37 @@
 # make install   .venv with pinned dependencies and the package, editable, its extension built
 # make demo      installs, then trains a tiny multi-turn editor end to end -> runs/demo/report.html
-# make test      installs, then runs every test
+# make test      installs, then runs every test, on two processes (JOBS=n for another number)
 # make lint      ruff and mypy
 # make bench     speed suites (pytest-benchmark)
+# PYTHON=python3.12 chooses another interpreter; setup.py lists the switches of the build.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 .PHONY: install demo test lint bench clean
 install: $(STAMP)
 
+# torch goes first, alone: an index that offers several builds of it then settles which one everything else gets.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel pybind11
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
-	touch $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mtedit_fast needs Python 3.11 or newer, and '$(PYTHON)' is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) setuptools wheel pybind11
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -c 'from mtedit_fast.ops import _cpp; print("C++ kernels:", _cpp.unavailable_reason() or "ready")'
+	@touch $(STAMP)
 
 demo: install
 	$(BIN)/mtedit-fast demo
 
+# Tests are small: one thread per process, and as many processes as cores, is what is fastest.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
