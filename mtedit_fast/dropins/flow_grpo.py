@@ -121,4 +121,4 @@ def device_index(timestep: Tensor, schedule: Tensor) -> Tensor:
 
 def _at(values: Tensor, index: int | Tensor) -> Tensor:
     """``values[index]``, NaN at index T: what ``sde_step`` gives there."""
-    return pad(values, (0, 1), value=math.nan)[index]
+    return values[index] if isinstance(index, int) else pad(values, (0, 1), value=math.nan)[index]

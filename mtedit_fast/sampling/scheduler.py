@@ -7,6 +7,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+# diffusers looks here for the base class when it loads a pipeline that was saved with this scheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
