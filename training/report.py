@@ -1,0 +1,286 @@
+"""The report of a run: `runs/<name>/report.html`, one file with everything inline, readable in light and dark.
+
+`write_report(run_dir)` reads what the trainer writes: `metrics.jsonl` (a line per iteration: `iteration`, `reward/*`,
+`reward_nan/*`, `ratio/*`, `log_prob/*`, `loss`, `grad_norm`, `seconds/<phase>`, `eval/*`), `summary.json`
+(`image_success` and `marginal_success` with `before` and `after` per turn, `n_scenes`, `iterations`, `seconds`,
+`max_ratio_error_first_update`, `gain_t<K>`), and where present `evaluation.npz` (`success_before`, `success_after`
+bool [N, K]: did turn k succeed; `edit_types` str [N, K]) and `edit_grid.png`.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mtedit_fast.training.plots import DARK, LIGHT, Bars, Theme, curves, stacked_seconds, success_bars
+
+# Phases timed inside another phase: the outer one keeps the rest.
+INNER_PHASES = {"rollout": ("encode", "denoise", "decode")}
+
+
+class Estimate(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a binomial proportion; (0, 1) for n = 0.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes: expected between 0 and n = {n}, got {successes}")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_bootstrap(
+    before: Any, after: Any, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Mean of after − before over N paired scenes [N], with its percentile bootstrap interval over scenes."""
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
+        raise ValueError(f"before, after: expected the same [N], got {list(first.shape)} and {list(second.shape)}")
+    # Resampling scenes with replacement is a multinomial draw over the distinct differences.
+    values, counts = np.unique(second - first, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(first), counts / len(first), size=resamples)
+    low, high = np.quantile(draws @ values / len(first), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate((second - first).mean().item(), low.item(), high.item())
+
+
+def success_summary(success_before: Any, success_after: Any) -> dict[str, Any]:
+    """The success part of summary.json from per-turn success bool [N, K] of the same scenes before and after.
+
+    Image success of turn t needs every turn up to t, marginal success turn t alone. `gain_t<K>`: the last turn's rise
+    in image success with its paired 95 % interval.
+    """
+    before, after = np.asarray(success_before, dtype=bool), np.asarray(success_after, dtype=bool)
+    if before.ndim != 2 or before.shape != after.shape or before.size == 0:
+        raise ValueError(f"success: expected the same [N, K] twice, got {list(before.shape)} and {list(after.shape)}")
+    image_before, image_after = (np.logical_and.accumulate(s, axis=1) for s in (before, after))
+    return {
+        "image_success": {"before": image_before.mean(0).tolist(), "after": image_after.mean(0).tolist()},
+        "marginal_success": {"before": before.mean(0).tolist(), "after": after.mean(0).tolist()},
+        "n_scenes": len(before),
+        f"gain_t{before.shape[1]}": paired_bootstrap(image_before[:, -1], image_after[:, -1])._asdict(),
+    }
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl; a last line cut short by a killed run is left out, any other bad line is a ValueError."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+    return metrics
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir`/report.html and return its path. ValueError names a missing or unreadable input."""
+    run = Path(run_dir)
+    for name in ("summary.json", "metrics.jsonl"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run / name}: missing; expected the folder of a finished training run")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(run / "metrics.jsonl")
+    sections = [_headline(summary), _success(summary)]
+    if (run / "evaluation.npz").is_file():
+        with np.load(run / "evaluation.npz") as evaluation:
+            sections.append(_by_type(dict(evaluation)))
+    if (run / "edit_grid.png").is_file():
+        image = _data_url((run / "edit_grid.png").read_bytes())
+        sections.append(
+            _section(
+                "Edits",
+                f'<div class="wide"><img class="grid" src="{image}" alt="multi-turn edits before and after training">'
+                "</div>",
+                "The same scenes and noise before and after training. Green: this turn's instruction succeeded.",
+            )
+        )
+    sections += [_training(metrics), _timing(metrics)]
+    title = f"mtedit_fast · {html.escape(run.name)}"
+    page = PAGE.replace("{title}", title).replace("{style}", STYLE).replace("{body}", "\n".join(filter(None, sections)))
+    (run / "report.html").write_text(page, encoding="utf-8")
+    return run / "report.html"
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    before, after = summary["image_success"]["before"], summary["image_success"]["after"]
+    turn = len(after)
+    text = f"Turn-{turn} image success {100 * before[-1]:.1f} % → {100 * after[-1]:.1f} %"
+    detail = f"{100 * (after[-1] - before[-1]):+.1f} points"
+    if gain := summary.get(f"gain_t{turn}"):
+        detail += f" (95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}, paired)"
+    cards = {"held-out chains": f"{summary['n_scenes']:,}", "iterations": f"{summary['iterations']:,}"}
+    cards["total time"] = _duration(summary["seconds"])
+    cards["largest |ratio − 1|, first update"] = f"{summary['max_ratio_error_first_update']:g}"
+    boxes = "".join(f"<div class=card><b>{value}</b>{html.escape(name)}</div>" for name, value in cards.items())
+    return f'<header><h1>{text}</h1><p class="lead">{detail}</p><div class="cards">{boxes}</div></header>'
+
+
+def _success(summary: dict[str, Any]) -> str:
+    n = summary["n_scenes"]
+    panels = []
+    for key, title in (("image_success", "Image success: every turn so far"), ("marginal_success", "Marginal success")):
+        before, after = summary[key]["before"], summary[key]["after"]
+        labels = [f"turn {turn + 1}" for turn in range(len(after))]
+        intervals = [[wilson_interval(round(rate * n), n) for rate in rates] for rates in (before, after)]
+        panels.append(Bars(title, labels, before, after, *intervals))
+    note = f"{n} held-out chains, the same scenes and noise; bars carry Wilson's 95 % intervals."
+    return _section("Success per turn", _picture(lambda theme: success_bars(theme, panels), "success per turn"), note)
+
+
+def _by_type(evaluation: dict[str, np.ndarray]) -> str:
+    types = evaluation.get("edit_types")
+    if types is None:
+        return ""
+    before, after = evaluation["success_before"].astype(bool), evaluation["success_after"].astype(bool)
+    names = sorted(np.unique(types).tolist())
+    members = [types == name for name in names]
+    rates = [[success[member].mean().item() for member in members] for success in (before, after)]
+    intervals = [
+        [wilson_interval(success[member].sum().item(), member.sum().item()) for member in members]
+        for success in (before, after)
+    ]
+    labels = [f"{name.replace('_', chr(10), 1)}\nn={member.sum()}" for name, member in zip(names, members, strict=True)]
+    bars = Bars("Marginal success", labels, *rates, *intervals)
+    return _section("Success per edit type", _picture(lambda theme: success_bars(theme, [bars]), "success per type"))
+
+
+# Panels of the training section: title, keys or prefixes of keys.
+CURVES = {
+    "Rewards": ("reward/",),
+    "Held-out success during training": ("eval/",),
+    "Advantages": ("advantage/",),
+    "Ratio − 1": ("ratio/mean", "ratio/max_error"),
+    "Clipped fraction": ("ratio/clip_fraction",),
+    "Log-prob": ("log_prob/",),
+    "Loss": ("loss",),
+    "Gradient norm": ("grad_norm",),
+    "Undefined rewards (fraction)": ("reward_nan/",),
+}
+
+
+def _training(metrics: Sequence[dict[str, float]]) -> str:
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    keys = list(dict.fromkeys(key for line in metrics for key in line))
+    for title, prefixes in CURVES.items():
+        lines = {}
+        for key in (key for key in keys if key.startswith(prefixes)):
+            points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
+            x, y = ([point[i] for point in points] for i in (0, 1))
+            lines[key.partition("/")[2] or key] = (x, [value - 1 for value in y] if key == "ratio/mean" else y)
+        if lines and not (title.startswith("Undefined") and not any(map(any, (y for _, y in lines.values())))):
+            panels[title] = lines
+    if not panels:
+        return ""
+    titles = list(panels)
+    rows = [{title: panels[title] for title in titles[i : i + 2]} for i in range(0, len(titles), 2)]
+    figures = [_picture(partial(curves, panels=row), ", ".join(row)) for row in rows]
+    return _section("Training", "".join(figures), "Thin: each iteration. Thick: running mean over five.")
+
+
+def phase_seconds(metrics: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """{phase: seconds per iteration}; phases inside another are taken out of it, so that the phases add up."""
+    keys = dict.fromkeys(key for line in metrics for key in line if key.startswith("seconds/"))
+    phases = {key.removeprefix("seconds/"): [line.get(key) or 0.0 for line in metrics] for key in keys}
+    for outer, inner in INNER_PHASES.items():
+        if outer in phases and any(name in phases for name in inner):
+            parts = [phases[name] for name in inner if name in phases]
+            rest = [max(0.0, total - sum(part)) for total, *part in zip(phases.pop(outer), *parts, strict=True)]
+            phases[f"{outer}, rest"] = rest
+    return dict(sorted(phases.items(), key=lambda item: -sum(item[1])))
+
+
+def _timing(metrics: Sequence[dict[str, float]]) -> str:
+    phases = phase_seconds(metrics)
+    if not phases:
+        return ""
+    total = sum(map(sum, phases.values())) or 1.0
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{sum(seconds):.1f}<td>{np.median(seconds):.3f}<td>{sum(seconds) / total:.1%}"
+        for name, seconds in phases.items()
+    )
+    table = f"<table><tr><th>phase<th>total s<th>median s per iteration<th>share{rows}</table>"
+    iterations = [line["iteration"] for line in metrics]
+    figure = _picture(lambda theme: stacked_seconds(theme, iterations, phases), "seconds per iteration by phase")
+    return _section("Time", figure + table)
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    paragraph = f"<p>{html.escape(note)}</p>" if note else ""
+    return f"<section><h2>{html.escape(title)}</h2>{paragraph}{content}</section>"
+
+
+def _picture(plot: Callable[[Theme], Figure], alt: str) -> str:
+    light, dark = (_data_url(_png(plot(theme))) for theme in (LIGHT, DARK))
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{html.escape(alt)}"></picture>'
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+STYLE = """
+:root { color-scheme: light dark }
+:root { --ground: #f6f7f9; --card: #ffffff; --text: #1f2730; --faint: #5d6874; --line: #d9dee4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #12161b; --card: #1b2128; --text: #dfe5ec; --faint: #97a3af; --line: #39424d }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 960px; margin: 0 auto; padding: 24px 16px 64px }
+h1 { font-size: 26px; line-height: 1.25; margin: 16px 0 4px } h2 { font-size: 18px; margin: 0 0 8px }
+.lead { font-size: 17px; margin: 0 0 16px } p { color: var(--faint); margin: 0 0 12px }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px }
+.card, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+.card { padding: 12px 16px; color: var(--faint) } .card b { display: block; font-size: 20px; color: var(--text) }
+section { padding: 18px; margin-top: 20px }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto 8px } .wide { overflow-x: auto }
+.grid { border-radius: 6px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+td, th { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line) }
+td:first-child, th:first-child { text-align: left }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""
