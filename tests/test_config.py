@@ -9,15 +9,14 @@ import mtedit_fast.training.config as module
 from mtedit_fast.training.config import TrainConfig, dump_config, load_config
 
 CONFIGS = Path(module.__file__).parent / "configs"
-MINIMAL = {"rewards": [{"name": "r", "path": "pkg.mod:fn"}]}
+MINIMAL = {"data": {"path": "chains.jsonl"}, "rewards": [{"name": "r", "path": "pkg.mod:fn"}]}
 
 
 def test_demo_is_the_playground():
     config = load_config(CONFIGS / "demo.yaml")
     assert config.model.path is None
-    assert config.data.path is None
     assert config.optimizer.steps_per_forward == 1
-    assert config.run.eval_scenes >= 400
+    assert config.evaluation.chains >= 400
     assert load_config(str(CONFIGS / "demo.yaml"), []) == config
 
 
@@ -50,7 +49,7 @@ def test_overrides():
         "model.lora.target_modules=[to_q, to_k]",
         "objective.name=grpo_guard",
         "advantage.aggregator=product",
-        "optimizer.ema_decay=null",
+        "evaluation.num_steps=null",
         "optimizer.betas=[0.8,0.9]",
         "run.output_dir=runs/a=b",
         "model.path=/weights/kontext",
@@ -64,13 +63,13 @@ def test_overrides():
     assert config.model.lora.target_modules == ["to_q", "to_k"]
     assert config.objective.name == "grpo_guard"
     assert config.advantage.aggregator == "product"
-    assert config.optimizer.ema_decay is None
+    assert config.evaluation.num_steps is None
     assert config.optimizer.betas == [0.8, 0.9]
     assert config.run.output_dir == "runs/a=b"
     assert config.data.size == (512, 768)
     assert load_config(MINIMAL).data.size == (64, 64)
     assert load_config(MINIMAL) == TrainConfig.model_validate(MINIMAL)
-    assert MINIMAL == {"rewards": [{"name": "r", "path": "pkg.mod:fn"}]}
+    assert MINIMAL == {"data": {"path": "chains.jsonl"}, "rewards": [{"name": "r", "path": "pkg.mod:fn"}]}
 
 
 @pytest.mark.parametrize(

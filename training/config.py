@@ -45,9 +45,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str | None = Field(
-        default=None, description="JSONL of {id, image, instructions}; null: generated playground scenes"
-    )
+    path: str = Field(min_length=1, description="JSONL of {id, image, instructions}")
     resolution: int | list[int] = Field(default=64, description="pixels: a side, or [height, width]")
 
     @field_validator("resolution", mode="before")
@@ -134,7 +132,21 @@ class OptimizerConfig(Section):
     steps_per_forward: int = Field(
         default=1, ge=1, description="1: exact replay in the rollout's batch shape; more: faster"
     )
-    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="of the adapter's moving average; null: none")
+
+
+class EvaluationConfig(Section):
+    """Held-out chains, edited with the deterministic sampler and the same noise before, during and after training."""
+
+    path: str | None = Field(default=None, description="JSONL of held-out chains; null: no evaluation")
+    success: str | None = Field(
+        default=None,
+        pattern=r"^[\w.]+:\w+$",
+        description="package.module:function of a RewardBatch -> [B, K], 1 where a turn succeeded; null: rewards only",
+    )
+    chains: int = Field(default=400, ge=1, description="how many, from the top of the file")
+    every: int = Field(default=0, ge=0, description="iterations; 0: only before and after")
+    num_steps: int | None = Field(default=None, ge=1, description="denoising steps; null: the rollout's")
+    seed: int = Field(default=0, ge=0, description="of the noise")
 
 
 class RunConfig(Section):
@@ -143,8 +155,6 @@ class RunConfig(Section):
     output_dir: str = Field(default="runs/train", min_length=1)
     checkpoint_every: int = Field(default=10, ge=1, description="iterations")
     keep_checkpoints: int = Field(default=2, ge=1)
-    eval_every: int = Field(default=0, ge=0, description="iterations; 0: only before and after")
-    eval_scenes: int = Field(default=0, ge=0, description="held-out chains")
     control: Literal["none", "shuffle"] = Field(
         default="none", description="shuffle permutes advantages within the batch"
     )
@@ -153,12 +163,13 @@ class RunConfig(Section):
 
 class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field(min_length=1)
     advantage: AdvantageConfig = AdvantageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
