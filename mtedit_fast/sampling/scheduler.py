@@ -147,6 +147,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: ``sde_steps`` outside the schedule or naming its last step, sigmas that do not decrease.
         """
+        self.coefficients = None
         # made on the host, where the sigmas can be checked without waiting for the device
         super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
         config: Any = self.config
