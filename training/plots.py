@@ -82,7 +82,7 @@ def success_bars(theme: Theme, panels: Sequence[Bars]) -> Figure:
             for position, value, up in zip(x + offset, height, error[1], strict=True):
                 axis.text(position, value + up + 1.5, f"{value:.0f}", color=theme.text, fontsize=8, ha="center")
         axis.set_xticks(x, panel.labels)
-        axis.set_ylim(0, 110)
+        axis.set_ylim(0, 122)  # room for the legend
         axis.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
         axis.grid(visible=False, axis="x")
         _title(axis, theme, panel.title)
