@@ -1,0 +1,114 @@
+"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor and DINO, each stage resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxKontextPipeline
+from rich.console import Console
+
+from .dino import train_dino
+from .editor import load_or_encode, train_editor
+from .evaluate import success
+from .models import WEIGHTS, new_dino, new_pipeline, new_vae
+from .vae import measure_latents, train_vae
+
+STAGES = ("vae", "editor", "dino")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of a build. `editor_steps` sets how good the base is: the committed one leaves room for RL."""
+
+    vae_steps: int = 600
+    chains: int = 12_000
+    editor_steps: int = 900
+    editor_batch: int = 64
+    dino_steps: int = 400
+    save_every: int = 50
+    evaluate_chains: int = 400
+
+
+def build(
+    out_dir: str | Path = WEIGHTS,
+    seed: int = 0,
+    stages: Sequence[str] = STAGES,
+    resume: bool = True,
+    *,
+    work_dir: str | Path = "runs/playground",
+    recipe: Recipe | None = None,
+) -> Path:
+    """Trains the playground's models and saves them in bf16 to out_dir/pipeline and out_dir/dino.
+
+    stages: which of vae, editor, dino to run; the editor needs the VAE of an earlier call with the same work_dir.
+    work_dir: checkpoints and encoded triples; a build that was killed goes on from there, with the results of an
+    uninterrupted one, unless `resume` is off. Raises ValueError on an unknown stage, FileNotFoundError when the
+    editor's VAE is missing.
+    """
+    recipe = recipe or Recipe()
+    out_dir, work_dir = Path(out_dir), Path(work_dir)
+    for stage in stages:
+        if stage not in STAGES:
+            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {stage!r}")
+    console = Console()
+    if "vae" in stages:
+        torch.manual_seed(seed)
+        vae = new_vae()
+        train_vae(
+            vae,
+            steps=recipe.vae_steps,
+            checkpoint=work_dir / "vae.pt",
+            seed=3 * seed,
+            save_every=recipe.save_every,
+            resume=resume,
+        )
+        # everything later sees the weights as they are stored
+        vae.to(torch.bfloat16).to(torch.float32)
+        measure_latents(vae, seed)
+        vae.save_pretrained(work_dir / "vae")
+    if "editor" in stages:
+        if not (work_dir / "vae").is_dir():
+            raise FileNotFoundError(f"no VAE at {work_dir / 'vae'}: run the vae stage first, with the same work_dir")
+        torch.manual_seed(seed + 1)
+        pipeline = new_pipeline(AutoencoderKL.from_pretrained(str(work_dir / "vae")).eval())
+        pipeline.vae.requires_grad_(False)
+        train_editor(
+            pipeline,
+            load_or_encode(pipeline, recipe.chains, seed, work_dir / "triples.pt", resume),
+            steps=recipe.editor_steps,
+            batch=recipe.editor_batch,
+            checkpoint=work_dir / "editor.pt",
+            seed=3 * seed + 1,
+            save_every=recipe.save_every,
+            resume=resume,
+        )
+        save_pipeline(pipeline, out_dir / "pipeline")
+        if recipe.evaluate_chains:
+            pipeline.set_progress_bar_config(disable=True)
+            measured = success(pipeline, recipe.evaluate_chains)._asdict()
+            console.print(measured)
+            (out_dir / "success.json").write_text(json.dumps(measured, indent=1) + "\n")
+    if "dino" in stages:
+        torch.manual_seed(seed + 2)
+        dino = new_dino()
+        train_dino(
+            dino,
+            steps=recipe.dino_steps,
+            checkpoint=work_dir / "dino.pt",
+            seed=3 * seed + 2,
+            save_every=recipe.save_every,
+            resume=resume,
+        )
+        dino.to(torch.bfloat16).save_pretrained(out_dir / "dino")
+    return out_dir
+
+
+def save_pipeline(pipeline: FluxKontextPipeline, folder: Path) -> None:
+    """Saves in bf16 and leaves the pipeline in fp32 with the rounded weights."""
+    pipeline.to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    pipeline.to(torch.float32)
