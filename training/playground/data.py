@@ -24,8 +24,8 @@ def split_chains(n: int, seed: int = 0, split: str = "train", turns: int = 3) ->
 def write_dataset(folder: str | Path, n_chains: int, seed: int = 0, split: str = "train", turns: int = 3) -> Path:
     """Writes `n_chains` start images and their instructions; returns the JSONL's path, `folder/{split}.jsonl`.
 
-    A line: {"id": "train-0-000017", "image": "train/000017.png", "instructions": [turns texts]}, the image path being
-    relative to `folder`. split: "train" or "heldout"; other text raises ValueError.
+    A line: {"id": "train-0-000017", "image": "train/000017.png", "instructions": [turns texts], "types": [turns
+    EdiVal types]}, the image path being relative to `folder`. split: "train" or "heldout"; other text raises ValueError.
     """
     folder = Path(folder)
     chains = split_chains(n_chains, seed, split, turns)
@@ -37,6 +37,7 @@ def write_dataset(folder: str | Path, n_chains: int, seed: int = 0, split: str =
         for i, texts in enumerate(chains.instructions):
             image = f"{split}/{i:06d}.png"
             Image.fromarray(pixels[i]).save(folder / image, compress_level=1)
-            record = {"id": f"{split}-{seed}-{i:06d}", "image": image, "instructions": texts}
+            name = f"{split}-{seed}-{i:06d}"
+            record = {"id": name, "image": image, "instructions": texts, "types": chains.types[i]}
             file.write(json.dumps(record) + "\n")
     return path

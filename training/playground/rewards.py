@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mtedit_fast.edival.consistency import ContentConsistency
+from mtedit_fast.training.rewards import RewardBatch
 
 from . import oracle
 from .instructions import parse
@@ -16,14 +16,12 @@ from .models import load_dino
 from .world import CELLS, GRID
 
 
-class Batch(Protocol):
-    references: Tensor  # [B, 3, H, W] in [0, 1]
-    edits: Tensor  # [B, K, 3, H, W] in [0, 1]
-    instructions: list[list[str]]  # [B][K]
-    records: list[dict[str, Any]]
+def exact_success(batch: RewardBatch) -> Tensor:
+    """Whether each turn did what it was asked and touched nothing else, [B, K] bool: the held-out measure."""
+    return oracle.evaluate(batch.references, batch.edits, batch.instructions).marginal.to(batch.edits.device)
 
 
-def oracle_score(batch: Batch, noise: float = 0.0, seed: int = 0) -> Tensor:
+def oracle_score(batch: RewardBatch, noise: float = 0.0, seed: int = 0) -> Tensor:
     """Graded success of every turn, [B, K] fp32 in [1, 5]: 1 + 4·(0.7·success + 0.3·cell accuracy).
 
     noise: standard deviation of a normal error added before clamping, drawn from `seed`, to imitate a judge.
@@ -48,7 +46,7 @@ def _boxes(state: list[int], classes: set[int] | None = None) -> list[tuple[floa
     return [((i % GRID + 0.5) / GRID, (i // GRID + 0.5) / GRID, 1 / GRID, 1 / GRID) for i in cells]
 
 
-def content_consistency(batch: Batch) -> Tensor:
+def content_consistency(batch: RewardBatch) -> Tensor:
     """EdiVal's content consistency against the reference with the playground's DINO, [B, K] fp32 in [0, 1].
 
     NaN from the first background change on, and where no unedited object or no background is left.
