@@ -39,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,220 @@
+"""What every bench shares: rotating inputs, timing, the measured copy ceiling, and rows appended to a CSV.
+
+Timing. On a GPU below 100 µs per call a launch costs as much as a kernel, so calls are timed inside a CUDA graph
+("graph"), and again as plain launches ("stream"), which is what an uncaptured loop pays. On a CPU each call is timed
+("call"). Inputs are random and rotate through more memory than the last cache holds.
+"""
+
+import csv
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Microseconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file. Times are microseconds per call; an empty peer was not measured."""
+
+    date: str
+    commit: str
+    device: str
+    threads: int
+    python: str
+    torch: str
+    triton: str
+    op: str
+    variant: str
+    shape: str
+    dtype: str
+    backend: str
+    timing: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    bytes: int
+    flops: int
+    gb_per_s: float
+    gflop_per_s: float
+    copy_gb_per_s: float
+    percent_of_copy: float
+    eager_us: float | None
+    compile_us: float | None
+    speedup_eager: float | None
+    speedup_compile: float | None
+    error: float
+    """Largest error against fp64, as a fraction of what the check allows."""
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(text[:-1]) * units[text[-1]] for text in (path.read_text().strip() for path in sizes)), default=0)
+
+
+def rotations(bytes_per_call: int, device: torch.device) -> int:
+    """How many input sets to go round, so that each is out of the cache at its turn; 1 GiB of them (GPU: 8) at most."""
+    limit = (8 if device.type == "cuda" else 1) << 30
+    wanted = min(2 * cache_bytes(device), limit)
+    return min(max(2, -(-wanted // max(bytes_per_call, 1))), 1000)
+
+
+def _summary(seconds: Sequence[float]) -> Timing:
+    cuts = quantiles(seconds, n=10, method="inclusive")
+    return Timing(*(round(1e6 * cuts[i], 3) for i in (4, 1, 7)))
+
+
+def measure(calls: Sequence[Call], device: torch.device, *, graph: bool = False, min_seconds: float = 0.5) -> Timing:
+    """Times the calls, going round, for at least `min_seconds` and 20 samples; the first round warms up."""
+    for call in calls:
+        call()
+    samples: list[float] = []
+    if device.type == "cpu":
+        turn = itertools.cycle(calls)
+        until = time.perf_counter() + min_seconds
+        while len(samples) < 20 or time.perf_counter() < until:
+            call = next(turn)
+            start = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - start)
+        return _summary(samples)
+
+    batch = list(itertools.islice(itertools.cycle(calls), max(20, len(calls))))
+
+    def run() -> None:
+        for call in batch:
+            call()
+
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(captured):
+            run()
+        run = captured.replay  # type: ignore[method-assign]
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    until = time.perf_counter() + min_seconds
+    while len(samples) < 20 or time.perf_counter() < until:
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / len(batch))
+    return _summary(samples)
+
+
+def copy_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> float:
+    """GB/s, read plus written, of the fastest copy of a large random array on this device."""
+    size = 1 << (30 if device.type == "cuda" else 28)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copies: list[Call] = [lambda: target.copy_(source)]
+    if device.type == "cuda":
+        from mtedit_fast.ops import _cpp
+
+        if _cpp.unavailable_reason() is None and _cpp._C.cuda_archs:
+            copies.append(lambda: _device_copy(_cpp._C.device_copy, target, source))
+    best = min(measure([copy], device, graph=device.type == "cuda", min_seconds=min_seconds).median for copy in copies)
+    assert torch.equal(source, target)
+    return 2 * size / best / 1e3
+
+
+def _device_copy(launch: Callable[..., None], target: Tensor, source: Tensor) -> None:
+    stream = torch.cuda.current_stream(source.device).cuda_stream
+    launch(target.data_ptr(), source.data_ptr(), source.numel(), stream, source.device.index)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, marked where tracked files differ from it; `COMMIT` where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """The columns that say where and when a row was measured."""
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "commit": commit(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__ if triton else "",
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a row, and the header to a new file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    names = [field.name for field in fields(Row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file))
+        if found != names:
+            raise ValueError(f"{path} has other columns than this version writes: move it away ({found})")
+        fresh = False
+    else:
+        fresh = True
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def measured(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a results file already holds, so that a session can be resumed: what identifies each row."""
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                yield tuple(row[name] for name in IDENTITY)
+
+
+IDENTITY = ("commit", "device", "threads", "torch", "op", "variant", "shape", "dtype", "backend", "timing")
+
+
+def identity(row_or_columns: dict[str, object]) -> tuple[str, ...]:
+    return tuple(str(row_or_columns[name]) for name in IDENTITY)
