@@ -109,7 +109,8 @@ def _forward_kernel(
             squared = tl.div_rn(_sum(sums, BLOCK), tl.cast(numel, tl.float32))
             log_prob = -squared
             if MODE == 1:
-                log_prob = tl.div_rn(log_prob, 2.0 * c * c) - tl.log(c) - LOG_TWO_PI_HALF
+                width = tl.where(c == 0.0, 1.0, c)
+                log_prob = tl.div_rn(log_prob, 2.0 * width * width) - tl.log(width) - LOG_TWO_PI_HALF
             log_prob = tl.where(c == 0.0, 0.0 * squared, log_prob)  # 0, or NaN where the velocity is
             tl.store(log_prob_ptr + sample, log_prob)
             tl.store(arrived_ptr + sample, 0)
@@ -159,7 +160,8 @@ def _backward_kernel(
             value = round_to(value, ROUNDED).to(tl.float32)
         slope = 2.0
         if MODE == 1:
-            slope = tl.div_rn(1.0, c * c)
+            width = tl.where(c == 0.0, 1.0, c)
+            slope = tl.div_rn(1.0, width * width)
         grad_log_prob = tl.load(grad_log_prob_ptr + sample).to(tl.float32)
         scale = tl.div_rn(grad_log_prob * tl.where(c == 0.0, 0.0, slope), tl.cast(numel, tl.float32))
         grad = scale * (value - mean)

@@ -124,12 +124,12 @@ def _check(
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if name == "sample" and (tensor.ndim < 2 or 0 in tensor.shape[1:]):
+            raise ValueError(f"sample must be [B, ...] with elements in every sample, got {list(tensor.shape)}")
         if tensor.shape != sample.shape:
             raise ValueError(f"{name} must have sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
         if tensor.device != sample.device:
             raise ValueError(f"{name} must be on sample's device {sample.device}, got {tensor.device}")
-    if sample.ndim < 2 or sample[:1].numel() == 0 < sample.shape[0]:
-        raise ValueError(f"sample must be [B, ...] with elements in every sample, got {list(sample.shape)}")
     if not isinstance(coefficients, SDECoefficients):
         raise TypeError(f"coefficients must come from sde_coefficients, got {type(coefficients).__name__}")
     table = coefficients.table
@@ -339,9 +339,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
     return (
-        sample.new_empty(sample.shape if prev_sample is None else 0, dtype=out_dtype),
-        sample.new_empty(sample.shape[0] if log_prob_mode else 0, dtype=dtype),
-        sample.new_empty(sample.shape if want_mean else 0, dtype=dtype),
+        sample.new_empty(sample.shape, dtype=out_dtype) if prev_sample is None else table.new_empty(0),
+        sample.new_empty(sample.shape[0], dtype=dtype) if log_prob_mode else table.new_empty(0),
+        sample.new_empty(sample.shape, dtype=dtype) if want_mean else table.new_empty(0),
     )
 
 
@@ -407,20 +407,20 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     sample, velocity, table, device_step, host_step, noise, seed, prev_sample, *options = inputs
-    out_dtype, mode, round_before, _, backend = options
+    out_dtype, mode, round_before, want_mean, backend = options
     ctx.set_materialize_grads(False)
     ctx.replayed = prev_sample is not None
     if not ctx.replayed and round_before:
         noise, seed, prev_sample = None, None, output[0]
     ctx.save_for_backward(sample, velocity, table, device_step, noise, seed, prev_sample)
-    ctx.options = host_step, out_dtype, mode, round_before, backend
+    ctx.options = host_step, out_dtype, mode, round_before, want_mean, backend
 
 
 def _autograd(
     ctx: Any, grad_prev: Tensor | None, grad_log_prob: Tensor | None, grad_mean: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     sample, velocity, table, device_step, noise, seed, prev_sample = ctx.saved_tensors
-    host_step, out_dtype, mode, round_before, backend = ctx.options
+    host_step, out_dtype, mode, round_before, want_mean, backend = ctx.options
     grad_sample, grad_velocity = torch.ops.mtedit_fast.sde_step_backward(
         sample,
         velocity,
@@ -435,7 +435,7 @@ def _autograd(
         round_before,
         None if ctx.replayed else grad_prev,
         grad_log_prob if mode else None,
-        grad_mean,
+        grad_mean if want_mean else None,
         ctx.needs_input_grad[0],
         backend,
     )

@@ -1,0 +1,88 @@
+"""Compiles the kernels for sm_80, sm_90 and sm_100, which takes no GPU, and prints what came out.
+
+    python tests/ptx_report.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
+
+Runs as a process of its own: under the interpreter the kernels are not compilable.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mtedit_fast.kernels import sde_step, seeded_noise
+
+SIGNATURE = {"host_step": "i32", "step": "i32", "num_steps": "i32", "numel": "i64", "tiles": "i32", "BLOCK": 4096}
+FORWARD = SIGNATURE | {"sample_ptr": "*fp32", "velocity_ptr": "*bf16", "table_ptr": "*fp32", "STEP": 0, "MODE": 1}
+FORWARD |= {"step_ptr": None, "noise_ptr": None, "seed_ptr": None, "replayed_ptr": None, "mean_ptr": "*fp32"}
+FORWARD |= {"out_ptr": "*fp32", "log_prob_ptr": "*fp32", "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+FORWARD |= {"ROUND_BEFORE": True}
+BACKWARD = FORWARD | {"grad_prev_ptr": None, "grad_log_prob_ptr": "*fp32", "grad_mean_ptr": "*fp32"}
+BACKWARD |= {"grad_sample_ptr": None, "grad_velocity_ptr": "*bf16", "ROUNDED": triton.language.bfloat16}
+SEEDED = {"seed_ptr": "*i64"}
+REPLAYED = {"replayed_ptr": "*bf16", "out_ptr": None}
+ONE_ELEMENT = {"numel": 1, "tiles": 1}  # Triton makes constants of integers that are 1
+
+forward, backward, noise = sde_step._forward_kernel, sde_step._backward_kernel, seeded_noise._kernel
+CASES: list[tuple[str, Any, dict[str, Any], tuple[int, ...]]] = [
+    ("forward seed", forward, FORWARD | SEEDED, (80, 90, 100)),
+    ("forward seed bf16 squared", forward, FORWARD | SEEDED | {"out_ptr": "*bf16", "MODE": 2, "STEP": 2}, (90,)),
+    ("forward noise", forward, FORWARD | {"noise_ptr": "*bf16", "STEP": 1, "step_ptr": "*i64"}, (90,)),
+    ("forward replay", forward, FORWARD | REPLAYED | {"mean_ptr": None}, (80, 90, 100)),
+    ("forward one element", forward, FORWARD | SEEDED | ONE_ELEMENT, (90,)),
+    ("backward replay", backward, BACKWARD | REPLAYED, (80, 90, 100)),
+    (
+        "backward seed",
+        backward,
+        BACKWARD | SEEDED | {"grad_sample_ptr": "*fp32", "grad_prev_ptr": "*fp32"},
+        (80, 90, 100),
+    ),
+    ("backward one element", backward, BACKWARD | REPLAYED | ONE_ELEMENT, (90,)),
+    ("noise", noise, SIGNATURE | SEEDED | {"out_ptr": "*fp32"}, (80, 90, 100)),
+    ("noise fp16", noise, SIGNATURE | SEEDED | {"out_ptr": "*fp16"}, (90,)),
+]
+for _, _, signature, _ in CASES:
+    if signature.get("STEP") == 2:
+        signature["step_ptr"] = "*i64"
+
+
+def report(kernel: Any, signature: dict[str, Any], arch: int) -> dict[str, Any]:
+    given = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: value if isinstance(value, str) else "constexpr" for name, value in given.items()},
+        constexprs={name: value for name, value in given.items() if not isinstance(value, str)},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, value) in enumerate(given.items())
+            if isinstance(value, str) and (value.startswith("*") or name == "numel")
+        },
+    )
+    options = {"num_warps": seeded_noise.NUM_WARPS, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    ptx = compiled.asm["ptx"]
+    return counts | {"fp64": ptx.count(".f64"), "fused": len(re.findall(r"\bfma\.[a-z.]*f32", ptx))}
+
+
+def reports() -> Iterator[dict[str, Any]]:
+    for name, kernel, signature, archs in CASES:
+        for arch in archs:
+            yield {"kernel": name, "arch": arch} | report(kernel, signature, arch)
+
+
+if __name__ == "__main__":
+    for row in reports():
+        print(json.dumps(row), flush=True)

@@ -1,0 +1,103 @@
+"""The Triton kernels as compiled code, and what only a GPU can show. `test_sde_step.py` checks their numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtedit_fast.ops import sde_coefficients, sde_step
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SIGMAS = [1.0, 0.84375, 0.625, 0.375, 0.125]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """Every kernel, specialisation and architecture, compiled without a GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("ptx_report.py"))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_compiles_for_every_architecture_without_fp64_or_spills(compiled: list[dict[str, Any]]) -> None:
+    assert {row["arch"] for row in compiled} == {80, 90, 100}
+    assert {row["kernel"].split()[0] for row in compiled} == {"forward", "backward", "noise"}
+    for row in compiled:
+        assert row["fp64"] == 0, row
+        assert row["stack"] == row["local"] == 0, row
+        assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
+
+
+def test_only_the_logarithm_fuses_multiply_adds(compiled: list[dict[str, Any]]) -> None:
+    """Anything else fused would break the bit-equality with the other back ends."""
+    gaussian = [row for row in compiled if row["kernel"].startswith("forward") and "squared" not in row["kernel"]]
+    others = [row for row in compiled if row not in gaussian]
+    assert others
+    assert all(row["fused"] == 0 for row in others)
+    assert len({row["fused"] for row in gaussian}) == 1
+
+
+@needs_gpu
+def test_one_launch_per_step() -> None:
+    coefficients = sde_coefficients(SIGMAS, device="cuda")
+    sample, velocity = torch.randn(2, 3, 8, 4096, 16, device="cuda")
+    seed = torch.arange(8, device="cuda")
+    sde_step(sample, velocity, coefficients, 1, seed=seed)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        sde_step(sample, velocity, coefficients, 2, seed=seed)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1, kernels
+
+
+@needs_gpu
+def test_cuda_graph_of_a_schedule_and_no_sync() -> None:
+    coefficients = sde_coefficients(SIGMAS, device="cuda")
+    start = torch.randn(4, 4096, 16, device="cuda")
+    seed = torch.arange(4, device="cuda")
+
+    def rollout(sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = []
+        for i in range(len(SIGMAS) - 1):
+            sample, log_prob, _ = sde_step(sample, torch.sin(sample), coefficients, i, seed=seed)
+            log_probs.append(log_prob)
+        return sample, torch.stack(log_probs)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        eager = rollout(start)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    buffer = torch.empty_like(start)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rollout(buffer)
+    buffer.copy_(start)
+    for _ in range(2):
+        graph.replay()
+        for a, b in zip(captured, eager, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_large_samples_and_large_batches() -> None:
+    """More partial sums than one pass over them holds, and more elements than 2³¹."""
+    coefficients = sde_coefficients(SIGMAS, device="cuda")
+    noise = torch.randn(1, 2**24 + 5, device="cuda")
+    log_prob = sde_step(noise, noise, coefficients, 1, noise=noise).log_prob
+    c = coefficients.table[1, 2].double()
+    truth = -noise.double().square().mean() / 2 - c.log() - 0.9189385332046727
+    assert (log_prob.double() - truth).abs() <= 1e-5
+    sample = torch.zeros(2**9 + 1, 2**22, dtype=torch.bfloat16, device="cuda")
+    seed = torch.arange(sample.shape[0], device="cuda")
+    out = sde_step(sample, sample, coefficients, 1, seed=seed, return_mean=False)
+    last = sde_step(sample[-1:], sample[-1:], coefficients, 1, seed=seed[-1:], return_mean=False)
+    assert torch.equal(out.prev_sample[-1:], last.prev_sample)
+    assert torch.equal(out.log_prob[-1:], last.log_prob)
