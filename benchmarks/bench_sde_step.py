@@ -5,8 +5,9 @@ pytest benchmarks/bench_sde_step.py --benchmark-only     the same calls under py
 """
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -238,7 +239,7 @@ def columns(case: Case, graph: bool) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "sde_step.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -247,27 +248,29 @@ def main() -> None:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
     parser.add_argument("--min-seconds", type=float, default=0.5, help="per implementation and row")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape or []] or SHAPES[device.type]
+    dtypes = [DTYPES[name] for name in args.dtype or ["fp32", "bf16"]]
+    graphs = (True, False) if device.type == "cuda" else (False,)
+    rows = itertools.product(shapes, dtypes, args.variant or VARIANTS, graphs)
+    cases = [(Case(variant, shape, dtype, device), graph) for shape, dtype, variant, graph in rows]
     done = set(harness.measured(args.out))
+    left = [(case, graph) for case, graph in cases if harness.identity(columns(case, graph)) not in done]
+    if not left:
+        print(f"{args.out} holds all {len(cases)} rows of this commit already")
+        return
     copy = harness.copy_bandwidth(device, min_seconds=args.min_seconds)
     print(f"{harness.device_name(device)}: copy {copy:.1f} GB/s read + written")
-    for shape in shapes:
-        for dtype in args.dtype or ["fp32", "bf16"]:
-            for variant in args.variant or VARIANTS:
-                for graph in (True, False) if device.type == "cuda" else (False,):
-                    case = Case(variant, shape, DTYPES[dtype], device)
-                    if harness.identity(columns(case, graph)) in done:
-                        continue
-                    row = bench(case, copy, graph=graph, compile=not args.no_compile, min_seconds=args.min_seconds)
-                    harness.append(args.out, row)
-                    print(
-                        f"{variant:9}{row.shape:12}{dtype:6}{row.backend:10}{row.timing:7}{row.median_us:10.1f} µs "
-                        f"{row.gb_per_s:8.1f} GB/s {row.percent_of_copy:6.1f} % of copy; eager {row.speedup_eager}x, "
-                        f"compile {row.speedup_compile}x",
-                        flush=True,
-                    )
+    for case, graph in left:
+        row = bench(case, copy, graph=graph, compile=not args.no_compile, min_seconds=args.min_seconds)
+        harness.append(args.out, row)
+        print(
+            f"{row.variant:9}{row.shape:12}{row.dtype:6}{row.backend:10}{row.timing:7}{row.median_us:10.1f} µs "
+            f"{row.gb_per_s:8.1f} GB/s {row.percent_of_copy:6.1f} % of copy; eager {row.speedup_eager}x, "
+            f"compile {row.speedup_compile}x",
+            flush=True,
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

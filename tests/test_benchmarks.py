@@ -37,11 +37,10 @@ def test_implementations_agree_with_fp64(name, variant, dtype):
     assert bench.error(case(variant, dtype), result, x, own_noise=name == "eager" and variant == "seed") <= 1
 
 
-@pytest.mark.parametrize("variant", ["seed", "backward"])
-def test_the_compiled_peer_agrees_with_fp64(variant):
-    x = inputs(variant, torch.float32)
-    result = bench.IMPLEMENTATIONS["compile"](case(variant))(x)
-    assert bench.error(case(variant), result, x, own_noise=True) <= 1
+def test_the_compiled_peer_agrees_with_fp64():
+    x = inputs("backward", torch.float32)
+    result = bench.IMPLEMENTATIONS["compile"](case("backward"))(x)
+    assert bench.error(case("backward"), result, x) <= 1
 
 
 @pytest.mark.parametrize("field", ["prev_sample", "log_prob", "grad"])
@@ -104,10 +103,6 @@ def test_inputs_rotate_past_the_cache():
     assert harness.rotations(size, CPU) * size >= min(2 * cache, 1 << 30)
 
 
-def test_copy_bandwidth_is_positive():
-    assert 0.1 < harness.copy_bandwidth(CPU, min_seconds=0.0) < 10_000
-
-
 def test_rows_are_appended_under_one_header(tmp_path):
     row = bench.bench(case(), 1.0, graph=False, compile=False, min_seconds=0.0)
     path = tmp_path / "new" / "rows.csv"
@@ -123,21 +118,23 @@ def test_rows_are_appended_under_one_header(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_the_command_appends_rows(tmp_path):
+def test_the_command_measures_each_row_once(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = "--device cpu --shape 2x33x5 --dtype bf16 --variant replay --variant seed --min-seconds 0 --no-compile"
-    command = [sys.executable, BENCHMARKS / "bench_sde_step.py", "--out", out, *options.split()]
-    first = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert "GB/s read + written" in first.stdout
+    bench.main([*options.split(), "--out", str(out)])
+    assert " GB/s read + written" in capsys.readouterr().out
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["variant"], row["shape"], row["dtype"], row["threads"]) for row in rows] == [
-        ("replay", "2x33x5", "bf16", "1"),
-        ("seed", "2x33x5", "bf16", "1"),
+    assert [(row["variant"], row["shape"], row["dtype"], row["timing"]) for row in rows] == [
+        ("replay", "2x33x5", "bf16", "call"),
+        ("seed", "2x33x5", "bf16", "call"),
     ]
-    assert all(row["compile_us"] == "" and float(row["eager_us"]) > 0 for row in rows)
+    for row in rows:
+        assert row["compile_us"] == ""
+        assert float(row["eager_us"]) > 0
+        assert 0.1 < float(row["copy_gb_per_s"]) < 10_000
+    bench.main([*options.split(), "--out", str(out)])
+    assert "holds all 2 rows of this commit already" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
