@@ -1,8 +1,10 @@
-"""Without a GPU, Triton kernels run under its interpreter, which has to be chosen before they are imported."""
+"""Shared fixtures."""
 
-import os
+import pytest
+from op_backends import BACKENDS
 
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every back end that can run here."""
+    return str(request.param)

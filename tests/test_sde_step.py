@@ -6,27 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from op_backends import DEVICES, GPU
 from sde_truth import VARIANTS, assert_as_good, literal_step
 from torch import Tensor
 
 from mtedit_fast.ops import SDECoefficients, sde_coefficients, sde_step, seeded_noise
-from mtedit_fast.ops._backend import unavailable_reason
 from mtedit_fast.ops.sde_step import SDEStepOutput
 
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": GPU}
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name} is not available here: {reason}"))
-    for name, device in DEVICES.items()
-    for reason in [unavailable_reason(name, torch.device(device), ())]
-]
 SIGMAS = [1.0, 0.84375, 0.625, 0.375, 0.125]  # exact in fp32; not down to 0, so that ddim and cps stay stochastic
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def inputs(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

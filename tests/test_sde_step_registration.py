@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from test_sde_step import BACKENDS, BF16, DEVICES, SIGMAS, inputs
+from op_backends import DEVICES
+from test_sde_step import BF16, SIGMAS, inputs
 from torch import Tensor
 
 from mtedit_fast.ops import sde_coefficients, sde_step
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def test_compiled_equals_eager(backend: str) -> None:

@@ -4,25 +4,14 @@ import math
 
 import pytest
 import torch
+from op_backends import DEVICES
 from torch import Tensor
 
 from mtedit_fast.ops import seeded_noise
-from mtedit_fast.ops._backend import unavailable_reason
 from mtedit_fast.ops.seeded_noise import box_muller, philox4x32
 
-DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name} is not available here: {reason}"))
-    for name, device in DEVICES.items()
-    for reason in [unavailable_reason(name, torch.device(device), ())]
-]
 SEEDS = torch.tensor([0, 1, -1, 2**40 + 5, 2**63 - 1])
 ONES = 0xFFFFFFFF
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def draw(backend: str, seed: Tensor, shape: tuple[int, ...], step: int, **options) -> Tensor:
