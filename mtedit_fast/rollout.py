@@ -294,6 +294,7 @@ def _denoise(editor: Editor, trajectories: Trajectories, rows: slice, turn: int,
         latents = out.prev_sample
         if stored:
             trajectories.latents[rows, turn, position + 1] = latents
+            assert out.log_prob is not None  # the stored steps are the stochastic ones
             trajectories.log_probs[rows, turn, position] = out.log_prob
             if trajectories.means is not None:
                 trajectories.means[rows, turn, position] = out.mean

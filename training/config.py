@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 class LoRAConfig(Section):
     rank: int = Field(default=16, ge=1, description="rank of the update")
-    alpha: float = Field(default=32.0, gt=0, description="scale is alpha / rank")
+    alpha: int = Field(default=32, ge=1, description="scale is alpha / rank")
     target_modules: list[str] | None = Field(
         default=None, description="module name suffixes; null: the family's defaults"
     )

@@ -138,22 +138,23 @@ def edit_grid(
     edits_before: Tensor,
     edits_after: Tensor,
     instructions: Sequence[Sequence[str]],
-    success_before: Tensor | np.ndarray,
-    success_after: Tensor | np.ndarray,
+    success_before: Tensor | np.ndarray | None,
+    success_after: Tensor | np.ndarray | None,
     *,
     cell: int = 128,
 ) -> Image.Image:
     """Chains as rows: the reference, then every turn before (upper) and after training (lower), under its instruction.
 
     references [N, 3, H, W] and edits [N, K, 3, H, W] in [0, 1]; instructions: N lists of K; success bool [N, K]: a
-    green frame and tick, or a red frame and cross. Images are fitted into cells of `cell` pixels, on white.
+    green frame and tick, or a red frame and cross; None: no marks. Images are fitted into cells of `cell` pixels, on white.
     """
     n, turns = edits_before.shape[:2]
     if edits_after.shape != edits_before.shape or references.shape != (n, *edits_before.shape[2:]):
         shapes = [list(t.shape) for t in (references, edits_before, edits_after)]
         raise ValueError(f"expected references [N, 3, H, W] and two edits [N, K, 3, H, W], got {shapes}")
-    if tuple(success_before.shape) != (n, turns) or tuple(success_after.shape) != (n, turns):
-        raise ValueError(f"success: expected [N, K] = [{n}, {turns}], got {list(success_before.shape)}")
+    for success in (success_before, success_after):
+        if success is not None and tuple(success.shape) != (n, turns):
+            raise ValueError(f"success: expected [N, K] = [{n}, {turns}], got {list(success.shape)}")
     if [len(chain) for chain in instructions] != [turns] * n:
         raise ValueError(f"instructions: expected {n} lists of {turns}, got {[len(chain) for chain in instructions]}")
     gap, label, head = 16, 58, 46
@@ -174,7 +175,8 @@ def edit_grid(
             for turn in range(turns):
                 x = gap + cell + label + turn * (cell + gap)
                 _paste(canvas, edits[chain, turn], (x, y), cell)
-                _mark(draw, x, y, cell, bool(success[chain, turn]))
+                if success is not None:
+                    _mark(draw, x, y, cell, bool(success[chain, turn]))
         for turn in range(turns):
             x = gap + cell + label + turn * (cell + gap)
             text = _wrap(instructions[chain][turn], font, cell, lines=3)

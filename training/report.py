@@ -124,20 +124,27 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _headline(summary: dict[str, Any]) -> str:
-    before, after = summary["image_success"]["before"], summary["image_success"]["after"]
-    turn = len(after)
-    text = f"Turn-{turn} image success {100 * before[-1]:.1f} % → {100 * after[-1]:.1f} %"
-    detail = f"{100 * (after[-1] - before[-1]):+.1f} points"
-    if gain := summary.get(f"gain_t{turn}"):
-        detail += f" (95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}, paired)"
-    cards = {"held-out chains": f"{summary['n_scenes']:,}", "iterations": f"{summary['iterations']:,}"}
-    cards["total time"] = _duration(summary["seconds"])
-    cards["largest |ratio − 1|, first update"] = f"{summary['max_ratio_error_first_update']:g}"
+    cards = {"iterations": f"{summary['iterations']:,}", "total time": _duration(summary["seconds"])}
+    if (error := summary["max_ratio_error_first_update"]) is not None:
+        cards["largest |ratio − 1|, first update"] = f"{error:g}"
+    for name, values in summary.get("rewards", {}).items():
+        cards[f"{name}, held out"] = f"{values['before']:.3f} → {values['after']:.3f}"
+    text, detail = f"{summary['iterations']:,} iterations", ""
+    if "image_success" in summary:
+        before, after = summary["image_success"]["before"], summary["image_success"]["after"]
+        turn = len(after)
+        text = f"Turn-{turn} image success {100 * before[-1]:.1f} % → {100 * after[-1]:.1f} %"
+        detail = f"{100 * (after[-1] - before[-1]):+.1f} points"
+        if gain := summary.get(f"gain_t{turn}"):
+            detail += f" (95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}, paired)"
+        cards = {"held-out chains": f"{summary['n_scenes']:,}", **cards}
     boxes = "".join(f"<div class=card><b>{value}</b>{html.escape(name)}</div>" for name, value in cards.items())
     return f'<header><h1>{text}</h1><p class="lead">{detail}</p><div class="cards">{boxes}</div></header>'
 
 
 def _success(summary: dict[str, Any]) -> str:
+    if "image_success" not in summary:  # trained without a success function: rewards only
+        return ""
     n = summary["n_scenes"]
     panels = []
     for key, title in (("image_success", "Image success: every turn so far"), ("marginal_success", "Marginal success")):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +26,7 @@ from mtedit_fast.training.advantages import advantages, shuffle_advantages
 from mtedit_fast.training.checkpoint import latest, load_checkpoint, save_checkpoint
 from mtedit_fast.training.config import TrainConfig, dump_config
 from mtedit_fast.training.data import EditChains, Record
+from mtedit_fast.training.evaluation import Evaluation, evaluate
 from mtedit_fast.training.rewards import RewardBatch, score
 from mtedit_fast.training.update import PolicyUpdate
 
@@ -45,14 +48,14 @@ class Trainer:
         accelerator: device and precision; made from the config when None.
     """
 
-    def __init__(self, editor: Editor, chains: EditChains, config: TrainConfig):
-        self.editor, self.chains, self.config = editor, chains, config
+    def __init__(self, editor: Editor, chains: EditChains, config: TrainConfig, held_out: EditChains | None = None):
+        self.editor, self.chains, self.config, self.held_out = editor, chains, config, held_out
         self.output_dir = Path(config.run.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.run.precision, log_with="tensorboard", project_dir=str(self.output_dir)
         )
         self.device = self.accelerator.device
-        self.model = editor.transformer
+        self.model: Any = editor.transformer  # the module itself; editor.transformer may become a wrapper
         self._add_adapter()
         optimizer = torch.optim.AdamW(
             [parameter for parameter in self.model.parameters() if parameter.requires_grad],
@@ -78,14 +81,16 @@ class Trainer:
     # ---- the loop
 
     def fit(self) -> Iterator[dict[str, float]]:
-        """Train to `run.iterations`, from the checkpoint in `output_dir` if there is one; yields each step's metrics."""
-        run = self.config.run
+        """Train to `run.iterations`, from the last checkpoint if there is one; yields each iteration's metrics."""
+        run, every = self.config.run, self.config.evaluation.every
         self.resume()
         metrics_path = self._start_logs()
         with metrics_path.open("a") as lines:
             while self.iteration < run.iterations:
                 metrics = self.step()
                 self.iteration += 1
+                if every and self.iteration % every == 0 and self.held_out is not None:
+                    metrics |= self.evaluate().metrics()
                 lines.write(json.dumps(metrics) + "\n")
                 lines.flush()
                 self.accelerator.log(metrics, step=self.iteration)
@@ -169,6 +174,20 @@ class Trainer:
         )
         return score(self.config.rewards, batch)
 
+    def evaluate(self, *, reference: bool = False, progress: Callable[[int], None] | None = None) -> Evaluation:
+        """The held-out chains under the current policy, or under the reference (adapter off)."""
+        if self.held_out is None:
+            raise ValueError("evaluation.path: expected held-out chains, got null")
+        with self.update.reference_policy() if reference else nullcontext():
+            return evaluate(
+                self.editor,
+                self.held_out,
+                self.rollout_config(0),
+                self.config.evaluation,
+                self.config.rewards,
+                progress=progress,
+            )
+
     # ---- state
 
     @property
@@ -176,7 +195,7 @@ class Trainer:
         """What a checkpoint must agree on to be loaded: family, LoRA scale, the adapter's names and shapes."""
         lora, shapes = self.config.model.lora, {name: list(value.shape) for name, value in self.adapter().items()}
         digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.config.model.family}, LoRA rank {lora.rank} alpha {lora.alpha:g}, shapes {digest}"
+        return f"{self.config.model.family}, LoRA rank {lora.rank} alpha {lora.alpha}, shapes {digest}"
 
     def adapter(self) -> dict[str, Tensor]:
         """LoRA tensors by name."""
@@ -186,14 +205,11 @@ class Trainer:
         """Write a checkpoint atomically; on a full disk the last good one stays."""
         if not self.accelerator.is_main_process:
             return None
-        tensors = {f"adapter.{name}": value for name, value in self.adapter().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         return save_checkpoint(
             self.output_dir / "checkpoints",
             self.iteration,
-            tensors,
-            {"iteration": self.iteration},
+            self.adapter(),
+            {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()},
             self.fingerprint,
             keep=self.config.run.keep_checkpoints,
         )
@@ -203,17 +219,10 @@ class Trainer:
         path = latest(self.output_dir / "checkpoints")
         if path is None:
             return False
-        tensors, state = load_checkpoint(path, self.fingerprint)
-        adapter = {name.removeprefix("adapter."): v for name, v in tensors.items() if name.startswith("adapter.")}
+        adapter, state = load_checkpoint(path, self.fingerprint)
         set_peft_model_state_dict(self.model, adapter)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                slots.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.iteration = int(state["iteration"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
         return True
 
     def export(self) -> Path:

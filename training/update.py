@@ -140,7 +140,7 @@ class PolicyUpdate:
                 **clip,
             )
         if config.kl_weight:
-            with torch.no_grad(), self._reference_policy():
+            with torch.no_grad(), self.reference_policy():
                 mean_ref = replay(self.editor, trajectories, rows, turn, steps).mean
             kl = kl_to_reference(out.mean[keep], mean_ref[keep], std=std[keep], dt=dt[keep], form=config.kl_form)
             objective = objective._replace(loss=objective.loss + config.kl_weight * kl)
@@ -165,7 +165,7 @@ class PolicyUpdate:
                 yield turn, range(start, min(start + size, stored))
 
     @contextmanager
-    def _reference_policy(self) -> Iterator[None]:
+    def reference_policy(self) -> Iterator[None]:
         """The frozen model: the adapter switched off, never a second copy."""
         model = self.accelerator.unwrap_model(self.editor.transformer)
         model.disable_adapters()

@@ -25,8 +25,12 @@ class Editor(Protocol):
     """
 
     transformer: nn.Module
-    device: torch.device
-    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def encode_text(self, prompts: list[str]) -> TextConditioning:
         """Conditioning with one row per prompt."""

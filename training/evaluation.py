@@ -1,0 +1,107 @@
+"""Held-out chains edited with the deterministic sampler: what training is judged by.
+
+The noise depends on (evaluation seed, chain, turn) alone, so runs before and after training are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mtedit_fast.editors import Editor
+from mtedit_fast.rollout import RolloutConfig, rollout, sample_seeds
+from mtedit_fast.training.config import EvaluationConfig, RewardConfig
+from mtedit_fast.training.data import EditChains
+from mtedit_fast.training.rewards import RewardBatch, score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """N held-out chains of K turns.
+
+    Attributes:
+        references: uint8 [N, 3, H, W].  images: uint8 [N, K, 3, H, W].
+        success: bool [N, K], did turn k do what it was asked; None without a success function.
+        rewards: {name: fp32 [N, K]}, NaN where undefined.
+        edit_types: [N][K] from the data's `types` key, or None.
+    """
+
+    references: Tensor
+    images: Tensor
+    instructions: list[list[str]]
+    success: Tensor | None
+    rewards: dict[str, Tensor]
+    edit_types: list[list[str]] | None
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/…` figures for the log: image success per turn and mean rewards."""
+        values = {f"eval/{name}": value.nanmean().item() for name, value in self.rewards.items()}
+        if self.success is not None:
+            image = self.success.cumprod(1).float().mean(0)
+            values |= {f"eval/image_success_t{turn + 1}": rate.item() for turn, rate in enumerate(image)}
+        return values
+
+
+def evaluate(
+    editor: Editor,
+    chains: EditChains,
+    sampler: RolloutConfig,
+    config: EvaluationConfig,
+    rewards: list[RewardConfig],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Edit the first `config.chains` chains with the ODE and score them.
+
+    Args:
+        sampler: the rollout's settings; variant, window and group size are replaced.
+        progress: called with the number of edits made, N·K in all.
+
+    Raises:
+        ValueError: the success function returns something other than [N, K].
+    """
+    count = min(config.chains, len(chains))
+    records = [chains[index] for index in range(count)]
+    settings = replace(
+        sampler, variant="ode", window=None, group_size=1, num_steps=config.num_steps or sampler.num_steps
+    )
+    seeds = sample_seeds(config.seed, 0, count)
+    references = torch.stack([record.image for record in records])
+    instructions = [record.instructions for record in records]
+    parts: list[Tensor] = []
+    success, scores = [], []
+    size = 8 * settings.micro_batch  # bounds the trajectories held at once
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        part = rollout(
+            editor,
+            references[rows].to(editor.device),
+            instructions[rows],
+            settings,
+            seeds[rows],
+            progress=progress,
+        )
+        part.raise_if_not_finite()
+        batch = RewardBatch(
+            references=references[rows].to(editor.device),
+            edits=part.images,
+            instructions=instructions[rows],
+            records=[{"id": record.id, "objects": record.objects, **record.extra} for record in records[rows]],
+        )
+        scores.append({name: value.cpu() for name, value in score(rewards, batch).items()})
+        if config.success:
+            judge = [RewardConfig(name="evaluation.success", path=config.success)]
+            success.append(score(judge, batch)["evaluation.success"].cpu() > 0.5)
+        parts.append((part.images * 255).round().byte().cpu())
+    types = [record.extra.get("types") for record in records]
+    return Evaluation(
+        references=(references * 255).round().byte(),
+        images=torch.cat(parts),
+        instructions=instructions,
+        success=torch.cat(success) if success else None,
+        rewards={name: torch.cat([part[name] for part in scores]) for name in scores[0]},
+        edit_types=[list(kinds) for kinds in types if kinds] if all(types) else None,
+    )
