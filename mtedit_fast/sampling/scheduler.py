@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -60,6 +60,9 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     Raises:
         ValueError: an unknown variant, ``eta < 0``, ``invert_sigmas`` or ``stochastic_sampling``.
     """
+
+    sigmas: Tensor  # [T+1] fp32
+    timesteps: Tensor  # [T] fp32
 
     @register_to_config
     def __init__(
@@ -151,7 +154,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         # made on the host, where the sigmas can be checked without waiting for the device
         super().set_timesteps(num_inference_steps, "cpu", sigmas, mu, timesteps)
         config: Any = self.config
-        host_sigmas, host_timesteps = cast(Tensor, self.sigmas), cast(Tensor, self.timesteps)
+        host_sigmas, host_timesteps = self.sigmas, self.timesteps
         last = len(host_timesteps) - 1
         steps: Sequence[int] = range(last) if config.sde_steps is None else config.sde_steps
         if last in steps:
@@ -163,7 +166,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             )
             self.coefficients = coefficients._replace(table=coefficients.table.to(device or "cpu"))
         self.sigmas = host_sigmas.to(device or "cpu")
-        self.timesteps = host_timesteps.to(device or "cpu")  # type: ignore[assignment]  # diffusers infers an ndarray
+        self.timesteps = host_timesteps.to(device or "cpu")
         self._trajectory, self._finite = [], []
 
     def index_for_timestep(
@@ -172,10 +175,10 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         schedule_timesteps: Tensor | None = None,
     ) -> int:
         """Position of ``timestep`` in the schedule; ValueError with the nearest ones if it is not there."""
-        schedule = cast(Tensor, self.timesteps) if schedule_timesteps is None else schedule_timesteps
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
         return nearest_index(float(timestep), host_values(schedule))
 
-    def step(  # type: ignore[override]  # the stock s_churn … s_noise are unused there as well
+    def step(
         self,
         model_output: Tensor,
         timestep: float | Tensor,
@@ -205,7 +208,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             raise TypeError("timestep must be an element of scheduler.timesteps, a float, not an integer index")
         coefficients = self._scheduled()
         if self.step_index is None:
-            self._init_step_index(cast(Any, timestep))
+            self._init_step_index(timestep)
         index: int = self.step_index
         if index >= len(coefficients.stochastic):
             raise ValueError(f"all {index} steps of the schedule are done: call scheduler.set_timesteps(...) again")
@@ -221,12 +224,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
 
         shown = out.prev_sample.detach().flatten(1) if out.log_prob is None else out.log_prob.detach()[:, None]
         self._finite.append((index, shown.isfinite().all(dim=1)))
-        if cast(Any, self.config).check:
+        if self.config.check:
             self.raise_if_nan()
         if self._recording:
             log_prob = None if out.log_prob is None else out.log_prob.detach()
             self._trajectory.append(TrajectoryStep(index, sample.detach(), out.prev_sample.detach(), log_prob))
-        self._step_index = index + 1  # type: ignore[assignment]  # diffusers infers None
+        self._step_index = index + 1
         if not return_dict:
             return out.prev_sample, out.log_prob, out.mean
         return FlowMatchSDESchedulerOutput(out.prev_sample, out.log_prob, out.mean)
