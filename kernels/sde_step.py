@@ -180,9 +180,7 @@ _arrived: dict[tuple[torch.device, int], Tensor] = {}
 def _counters(sample: Tensor) -> Tensor:
     """[>= B] int32 zeros; every launch leaves them zero. Launches on one stream follow one another and share them."""
     batch = sample.shape[0]
-    if not sample.is_cuda:
-        return torch.zeros(batch, dtype=torch.int32, device=sample.device)
-    if torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: counters of its own
+    if not sample.is_cuda or torch.cuda.is_current_stream_capturing():  # a graph is replayed on any stream: its own
         return torch.zeros(batch, dtype=torch.int32, device=sample.device)
     key = sample.device, torch.cuda.current_stream(sample.device).cuda_stream
     if key not in _arrived or _arrived[key].numel() < batch:

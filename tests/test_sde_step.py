@@ -11,6 +11,7 @@ from sde_truth import VARIANTS, assert_as_good, literal_step
 from torch import Tensor
 
 from mtedit_fast.ops import SDECoefficients, sde_coefficients, sde_step, seeded_noise
+from mtedit_fast.ops._backend import unavailable_reason
 from mtedit_fast.ops.sde_step import SDEStepOutput
 
 SIGMAS = [1.0, 0.84375, 0.625, 0.375, 0.125]  # exact in fp32; not down to 0, so that ddim and cps stay stochastic
@@ -269,6 +270,36 @@ def test_batch_invariance(backend: str, numel: int) -> None:
             assert torch.equal(getattr(whole, name)[part], getattr(split, name))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     assert torch.equal(run(backend, sample[order], velocity[order], "sde", 2, seed=seed[order])[1], whole[1][order])
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_the_thread_count_changes_nothing(name: str) -> None:
+    if name == "cpp" and unavailable_reason("cpp", torch.device("cpu"), ()):
+        pytest.skip("the C++ extension is not built")
+    sample, velocity, noise = inputs(1, 200_003)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(run(name, sample, velocity, "sde", 1, noise=noise))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_device_step_outside_the_schedule_gives_nan(backend: str) -> None:
+    """Where the value cannot be looked at, on a GPU and in compiled code."""
+    device = DEVICES[backend]
+    sample, velocity, noise = (t.to(device) for t in inputs(3, 70))
+    steps = torch.tensor([-1, 1, 4], device=device)
+    table = sde_coefficients(SIGMAS, device=device).table
+    out = torch.ops.mtedit_fast.sde_step(
+        sample, velocity, table, steps, 0, noise, None, None, FP32, 1, True, True, backend
+    )
+    for value in out:
+        assert value.isnan().reshape(3, -1).all(1).tolist() == [True, False, True]
 
 
 def test_seed_draws_the_noise_of_the_next_counter_step(backend: str) -> None:

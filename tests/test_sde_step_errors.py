@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_sde_step import SIGMAS, inputs
 
-from mtedit_fast.ops import sde_coefficients, sde_step
+from mtedit_fast.ops import SDECoefficients, _cpp, sde_coefficients, sde_step
 
 GOOD = inputs(2, 3, 4)
 
@@ -30,6 +30,11 @@ GOOD = inputs(2, 3, 4)
         ({"sample": torch.ones(2, 0), "velocity": torch.ones(2, 0)}, ValueError, "elements in every sample"),
         ({"coefficients": torch.ones(4, 4)}, TypeError, "must come from sde_coefficients, got Tensor"),
         ({"coefficients": sde_coefficients(SIGMAS, device="meta")}, ValueError, "pass device= to sde_coefficients"),
+        (
+            {"coefficients": SDECoefficients(torch.ones(4, 3), "none")},
+            ValueError,
+            r"must be \[T, 4\] float32",
+        ),
         ({"step": 4}, ValueError, "step must be within the schedule's steps 0…3, got 4"),
         ({"step": -1}, ValueError, "got -1"),
         ({"step": torch.tensor([0, 4])}, ValueError, "steps 0…3, got 0…4"),
@@ -93,3 +98,18 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
 def test_bad_schedules(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sde_coefficients(**{"sigmas": SIGMAS, **arguments})
+
+
+def test_an_explicit_back_end_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, velocity, noise = GOOD
+    coefficients = sde_coefficients(SIGMAS)
+    monkeypatch.setattr(_cpp, "_reason", "the C++ extension is not built")
+    with pytest.raises(ValueError, match=r"backend='cpp' is not available: the C.* extension is not built; use"):
+        sde_step(sample, velocity, coefficients, 1, noise=noise, backend="cpp")
+    automatic = sde_step(sample, velocity, coefficients, 1, noise=noise)
+    reference = sde_step(sample, velocity, coefficients, 1, noise=noise, backend="reference")
+    assert torch.equal(automatic.log_prob, reference.log_prob)
+    triton = pytest.importorskip("mtedit_fast.kernels.seeded_noise")
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="'triton' is not available: it runs on CUDA and the tensors are on cpu"):
+        sde_step(sample, velocity, coefficients, 1, noise=noise, backend="triton")

@@ -50,7 +50,8 @@ def sde_step(
         sample, velocity: [B, ...] of one shape, each fp32, bf16, fp16 (or fp64).
         coefficients: from `sde_coefficients`, on the same device.
         step: index into the schedule, an int or an int64 tensor [] or [B] on the same device (never waited for: an
-            index outside the schedule gives NaN there). With a tensor, a deterministic step's log_prob is 0.
+            index outside the schedule gives NaN there). With a tensor, a deterministic step's log_prob is 0, and one
+            compiled graph serves every step.
         noise: [B, ...] standard normals, any float dtype. One of noise, seed and prev_sample, unless the step is
             deterministic.
         seed: [B] int64; draws `seeded_noise(seed, shape, step + 1)` inside the kernel.
@@ -59,8 +60,8 @@ def sde_step(
         rounding: "before": prev_sample is rounded to its storage dtype and log_prob taken on the rounded value.
             "after": log_prob is taken first, so that a later replay of the rounded value differs from it.
         return_mean: False does not write mean, which saves a rollout a quarter of the step's memory traffic.
-        check: wait for the device, and raise on a sample or velocity that is not finite. Without it a NaN in velocity
-            becomes a NaN in that sample's prev_sample and log_prob.
+        check: wait for the device, and raise on a sample or velocity that is not finite (not inside torch.compile).
+            Without it a NaN in velocity becomes a NaN in that sample's prev_sample and log_prob.
         backend: "auto", "reference", "cpp" or "triton". An explicit one never falls back.
 
     Returns:
@@ -87,7 +88,7 @@ def sde_step(
     args = (
         sample.contiguous(),
         velocity.contiguous(),
-        coefficients.table,
+        coefficients.table.contiguous(),
         device_step,
         host_step,
         noise,
@@ -133,6 +134,8 @@ def _check(
     if not isinstance(coefficients, SDECoefficients):
         raise TypeError(f"coefficients must come from sde_coefficients, got {type(coefficients).__name__}")
     table = coefficients.table
+    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != 4:
+        raise ValueError(f"coefficients.table must be [T, 4] float32, got {list(table.shape)} {table.dtype}")
     if table.device != sample.device:
         raise ValueError(
             f"coefficients must be on sample's device {sample.device}, got {table.device}; "
@@ -322,21 +325,8 @@ _op = torch.library.custom_op("mtedit_fast::sde_step", _forward, mutates_args=()
 
 
 @_op.register_fake
-def _(
-    sample: Tensor,
-    velocity: Tensor,
-    table: Tensor,
-    device_step: Tensor | None,
-    host_step: int,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    prev_sample: Tensor | None,
-    out_dtype: torch.dtype,
-    log_prob_mode: int,
-    round_before: bool,
-    want_mean: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    prev_sample, out_dtype, log_prob_mode, _, want_mean, _ = others[4:]
     dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
     return (
         sample.new_empty(sample.shape, dtype=out_dtype) if prev_sample is None else table.new_empty(0),
@@ -384,24 +374,8 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    sample: Tensor,
-    velocity: Tensor,
-    table: Tensor,
-    device_step: Tensor | None,
-    host_step: int,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    prev_sample: Tensor | None,
-    out_dtype: torch.dtype,
-    log_prob_mode: int,
-    round_before: bool,
-    grad_prev: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_mean: Tensor | None,
-    needs_sample: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    needs_sample = others[-2]
     return torch.empty_like(sample) if needs_sample else table.new_empty(0), torch.empty_like(velocity)
 
 
