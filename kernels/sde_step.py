@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to, standard_normals
 
-LOG_TWO_PI_HALF = tl.constexpr(0.9189385332046727)
+HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _forward_kernel(
             log_prob = -squared
             if MODE == 1:
                 width = tl.where(c == 0.0, 1.0, c)
-                log_prob = tl.div_rn(log_prob, 2.0 * width * width) - tl.log(width) - LOG_TWO_PI_HALF
+                log_prob = tl.div_rn(log_prob, 2.0 * width * width) - tl.log(width) - HALF_LOG_TWO_PI
             log_prob = tl.where(c == 0.0, 0.0 * squared, log_prob)  # 0, or NaN where the velocity is
             tl.store(log_prob_ptr + sample, log_prob)
             tl.store(arrived_ptr + sample, 0)
