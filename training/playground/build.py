@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxKontextPipeline
+from diffusers import AutoencoderKL
 from rich.console import Console
 
 from .dino import train_dino
@@ -107,8 +108,14 @@ def build(
     return out_dir
 
 
-def save_pipeline(pipeline: FluxKontextPipeline, folder: Path) -> None:
-    """Saves in bf16 and leaves the pipeline in fp32 with the rounded weights."""
-    pipeline.to(torch.bfloat16)
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Rounds all weights to bf16, in place, and saves them; the pipeline itself stays fp32.
+
+    The text encoders' files hold the rounded weights in fp32: without a dtype, `from_pretrained` opens diffusers'
+    models in fp32 but transformers' in the dtype of their files, and the two must agree.
+    """
+    pipeline.to(torch.bfloat16).to(torch.float32)
+    pipeline.transformer.to(torch.bfloat16)
+    pipeline.vae.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     pipeline.to(torch.float32)

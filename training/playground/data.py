@@ -24,8 +24,9 @@ def split_chains(n: int, seed: int = 0, split: str = "train", turns: int = 3) ->
 def write_dataset(folder: str | Path, n_chains: int, seed: int = 0, split: str = "train", turns: int = 3) -> Path:
     """Writes `n_chains` start images and their instructions; returns the JSONL's path, `folder/{split}.jsonl`.
 
-    A line: {"id": "train-0-000017", "image": "train/000017.png", "instructions": [turns texts], "types": [turns
-    EdiVal types]}, the image path being relative to `folder`. split: "train" or "heldout"; other text raises ValueError.
+    A line: {"id": "train-0-000017", "image": "train/000017.png", "instructions": [K texts],
+    "types": [K EdiVal types]}, the image path being relative to `folder`.
+    split: "train" or "heldout"; other text raises ValueError.
     """
     folder = Path(folder)
     chains = split_chains(n_chains, seed, split, turns)

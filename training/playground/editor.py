@@ -107,7 +107,8 @@ class EditorLoss(nn.Module):
 
     def split_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """(matrices inside the blocks, for Muon; the rest)."""
-        hidden, rest = [], []
+        hidden: list[Tensor] = []
+        rest: list[Tensor] = []
         for name, p in self.named_parameters():
             in_blocks = "blocks." in name or "layers." in name or ".block." in name
             is_matrix = p.ndim == 2 and "relative_attention_bias" not in name

@@ -48,7 +48,7 @@ class Edit(NamedTuple):
     new: int = 0  # class it becomes, or that is added
     direction: str = ""
     reference: int = 0  # class of the object a position is relative to
-    count: int = 0
+    number: int = 0
     background: int = 0
 
 
@@ -82,7 +82,7 @@ def parse(instruction: str) -> Edit:
         case ["Change", "the", "background", "to", name] if name in BACKGROUND_NAMES:
             return Edit("background_change", background=BACKGROUND_NAMES.index(name))
         case ["Change", "the", "count", "of", a, b, c, "to", n] if n.isdigit() and int(n) in COUNTS:
-            return Edit("count_change", _class([a, b, c], instruction), count=int(n))
+            return Edit("count_change", _class([a, b, c], instruction), number=int(n))
         case ["Change", "the", "position", "of", a, b, c, "to", *direction, d, e, f] if (
             " ".join(direction) in DIRECTIONS
         ):
@@ -120,7 +120,7 @@ def phrase(edit: Edit) -> str:
         case "position_change":
             return f"Change the position of {a} to {edit.direction} {ref}"
         case "count_change":
-            return f"Change the count of {a} to {edit.count}"
+            return f"Change the count of {a} to {edit.number}"
         case "background_change":
             return f"Change the background to {BACKGROUND_NAMES[edit.background]}"
     raise ValueError(f"edit.type must be one of {', '.join(TYPES)}, got {edit.type!r}")
@@ -160,7 +160,7 @@ def apply(scene: Sequence[int], edit: Edit, order: Iterable[int] = range(CELLS))
         return after
     if edit.type in ("subject_add", "count_change"):
         kind = edit.target or edit.new
-        missing = (edit.count - len(where)) if edit.target else 1
+        missing = (edit.number - len(where)) if edit.target else 1
         source, value = (0, kind) if missing > 0 else (kind, 0)
         chosen = [i for i in order if scene[i] == source][: abs(missing)]
         if len(chosen) < abs(missing):
@@ -211,8 +211,8 @@ def _draw(rng: random.Random, kind: str, scene: list[int], pools: _Pools) -> Edi
         new = rng.choice(fresh(range(1, len(OBJECTS) + 1)))
         spots = [(d, r) for r in pools.available for d in DIRECTIONS]
         rng.shuffle(spots)
-        options = (Edit(kind, new=new, direction=d, reference=r) for d, r in spots)
-        return next((e for e in options if apply(scene, e) is not None), Edit(kind, new=new))
+        placed = (Edit(kind, new=new, direction=d, reference=r) for d, r in spots)
+        return next((e for e in placed if apply(scene, e) is not None), Edit(kind, new=new))
     wanted = {"material_alter": False, "text_change": True}.get(kind)
     targets = [c for c in pools.available if wanted is None or (OBJECTS[c - 1].shape == "sign") == wanted]
     if not targets:
@@ -232,7 +232,7 @@ def _draw(rng: random.Random, kind: str, scene: list[int], pools: _Pools) -> Edi
         case "text_change":
             options = fresh(CLASS_OF[str(old._replace(detail=t))] for t in LETTERS)
         case "count_change":
-            return Edit(kind, target, count=rng.choice([n for n in COUNTS if n != scene[:CELLS].count(target)]))
+            return Edit(kind, target, number=rng.choice([n for n in COUNTS if n != scene[:CELLS].count(target)]))
         case "position_change":
             spots = [(d, r) for r in pools.available if r != target for d in DIRECTIONS]
             rng.shuffle(spots)

@@ -140,7 +140,7 @@ def load_pipeline(path: str | Path | None = None, dtype: torch.dtype = torch.flo
 
     path: folder in `save_pretrained` layout; None takes the committed weights. Raises FileNotFoundError when missing.
     """
-    pipeline = FluxKontextPipeline.from_pretrained(str(_folder(path, "pipeline")), torch_dtype=dtype)
+    pipeline = FluxKontextPipeline.from_pretrained(str(_folder(path, "pipeline")), dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -55,11 +55,12 @@ def content_consistency(batch: RewardBatch) -> Tensor:
     references, owner = batch.references.unique(dim=0, return_inverse=True)
     before = oracle.read_states(references)
     after = oracle.read_states(batch.edits.flatten(0, 1))
-    unchanged: list[list[list[tuple[float, ...]]]] = []
+    unchanged: list[list[list[tuple[float, float, float, float]]]] = []
     background_changed = torch.zeros(b, k, dtype=torch.bool)
     for i, texts in enumerate(batch.instructions):
         state = before[int(owner[i])]
-        kept, boxes = set(state[:CELLS]) - {0, -1}, []
+        kept = set(state[:CELLS]) - {0, -1}
+        boxes = []
         for j, text in enumerate(texts):
             edit = parse(text)
             kept -= {edit.target, edit.reference if edit.type == "position_change" else 0}

@@ -152,7 +152,7 @@ def read(images: Tensor) -> Scenes:
     cells, backgrounds, errors = [], [], []
     for chunk in images.detach().float().cpu().split(128):
         n = len(chunk)
-        x = chunk.view(n, 3, GRID, CELL, GRID, CELL).permute(2, 4, 0, 1, 3, 5).reshape(CELLS, n, -1)
+        x = chunk.view(n, 3, GRID, CELL, GRID, CELL).permute(2, 4, 0, 1, 3, 5).reshape(CELLS, n, 3 * CELL**2)
         distance = torch.baddbmm(norms, x, table, alpha=-2).view(CELLS, n, len(BACKGROUNDS), CLASSES)
         best, index = distance.min(-1)  # [16, N, 6]
         background = best.sum(0).argmin(-1)  # [N]
@@ -163,7 +163,4 @@ def read(images: Tensor) -> Scenes:
         cells.append(torch.where(error <= MAX_ERROR, cell, UNREADABLE).T)
         backgrounds.append(background)
         errors.append(error.T)
-    if not cells:
-        empty = torch.zeros(0, CELLS)
-        return Scenes(empty.long(), torch.zeros(0, dtype=torch.long), empty)
     return Scenes(torch.cat(cells), torch.cat(backgrounds), torch.cat(errors))
