@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,16 +67,14 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a finished run, e.g. ru
 
 @playground_app.command("build")
 def playground_build(
-    output: Annotated[Path, typer.Option(help="folder for the weights; the package's own when left out")] = Path(
-        "runs/playground"
-    ),
+    output: Annotated[Path | None, typer.Option(help="folder for the weights; default: the package's own")] = None,
     seed: Annotated[int, typer.Option(help="of every stage")] = 0,
-    fresh: Annotated[bool, typer.Option(help="start over instead of resuming")] = False,
+    fresh: Annotated[bool, typer.Option(help="start over instead of resuming from runs/playground")] = False,
 ) -> None:
     """Train the playground's weights from nothing: VAE, editor, DINO. A stopped build resumes."""
-    from mtedit_fast.training.playground.build import build
+    from mtedit_fast.training.playground.build import WEIGHTS, build
 
-    build(output, seed=seed, resume=not fresh)
+    build(output or WEIGHTS, seed=seed, resume=not fresh)
 
 
 @playground_app.command("data")
@@ -93,8 +93,12 @@ def playground_data(
 
 def main() -> None:
     """Entry point: errors a user can act on are one line, not a traceback."""
+    # Libraries' notes on optional packages and their loading bars would drown ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         app()
     except (ValueError, TypeError, FileNotFoundError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, markup=True)
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False)
         sys.exit(2)

@@ -91,8 +91,9 @@ class Trainer:
                 self.iteration += 1
                 if every and self.iteration % every == 0 and self.held_out is not None:
                     metrics |= self.evaluate().metrics()
-                lines.write(json.dumps(metrics) + "\n")
-                lines.flush()
+                if self.accelerator.is_main_process:
+                    lines.write(json.dumps(metrics) + "\n")
+                    lines.flush()
                 self.accelerator.log(metrics, step=self.iteration)
                 if self.iteration % run.checkpoint_every == 0 or self.iteration == run.iterations:
                     self.save()

@@ -55,7 +55,7 @@ class KontextEditor:
                 "pass a local folder or a hub name such as black-forest-labs/FLUX.1-Kontext-dev"
             )
         local = Path(path).expanduser()
-        pipeline = FluxKontextPipeline.from_pretrained(local if local.exists() else path, torch_dtype=dtype)
+        pipeline = FluxKontextPipeline.from_pretrained(local if local.exists() else path, dtype=dtype)
         return cls(pipeline.to(device), max_sequence_length=max_sequence_length)
 
     @property
