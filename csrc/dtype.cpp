@@ -54,14 +54,6 @@ MTEDIT_VECTORIZE void store_float16(const float* in, int n, std::uint16_t* out) 
   for (int i = 0; i < n; ++i) out[i] = to_float16(in[i]);
 }
 
-MTEDIT_VECTORIZE void round_bfloat16(int n, float* values) {
-  for (int i = 0; i < n; ++i) values[i] = from_bfloat16(to_bfloat16(values[i]));
-}
-
-MTEDIT_VECTORIZE void round_float16(int n, float* values) {
-  for (int i = 0; i < n; ++i) values[i] = from_float16(to_float16(values[i]));
-}
-
 }  // namespace
 
 const float* load(const void* data, DType dtype, std::int64_t offset, int n, float* scratch) {
@@ -78,11 +70,6 @@ void store(void* data, DType dtype, std::int64_t offset, int n, const float* val
   }
   auto* out = static_cast<std::uint16_t*>(data) + offset;
   dtype == DType::kBFloat16 ? store_bfloat16(values, n, out) : store_float16(values, n, out);
-}
-
-void round_to(DType dtype, int n, float* values) {
-  if (dtype == DType::kBFloat16) round_bfloat16(n, values);
-  if (dtype == DType::kFloat16) round_float16(n, values);
 }
 
 }  // namespace mtedit

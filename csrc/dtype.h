@@ -16,7 +16,4 @@ const float* load(const void* data, DType dtype, std::int64_t offset, int n, flo
 // Writes n fp32 values, rounded to `dtype`, from `offset` on.
 void store(void* data, DType dtype, std::int64_t offset, int n, const float* values);
 
-// Rounds n fp32 values to `dtype` and back, in place.
-void round_to(DType dtype, int n, float* values);
-
 }  // namespace mtedit

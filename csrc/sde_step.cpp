@@ -1,6 +1,5 @@
 #include "sde_step.h"
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -15,7 +14,6 @@ struct Row {
   float a, b, c;
 };
 
-// prev_sample - mean of one tile; the same code for sampling and replay, hence the same bits.
 struct Step {
   alignas(64) float mean[kTile], prev[kTile], scratch[2][kTile];
 };
@@ -62,19 +60,17 @@ Row row_of(const SDEStep& in, std::int64_t b) {
   return {row[0], row[1], row[2]};
 }
 
-void step_tile(const SDEStep& in, const Row& row, std::int64_t b, std::int64_t offset, int n, Step& tile) {
+// Fills tile.mean and returns prev_sample as the log-prob sees it, in fp32. A new one is stored in `out` from
+// `out_at` on. Sampling and replay run the same code on the same values, hence give the same bits.
+const float* step_tile(const SDEStep& in, const Row& row, std::int64_t b, std::int64_t offset, int n, Step& tile,
+                       void* out, std::int64_t out_at) {
   const std::int64_t at = b * in.numel + offset;
   const float* x = load(in.sample.data, in.sample.dtype, at, n, tile.scratch[0]);
   const float* v = load(in.velocity.data, in.velocity.dtype, at, n, tile.scratch[1]);
   affine(row.a, x, row.b, v, n, tile.mean);
-  if (in.prev_sample.data) {
-    const float* prev = load(in.prev_sample.data, in.prev_sample.dtype, at, n, tile.prev);
-    if (prev != tile.prev) std::copy(prev, prev + n, tile.prev);
-    return;
-  }
-  if (row.c == 0.0f) {
-    std::copy(tile.mean, tile.mean + n, tile.prev);
-  } else {
+  if (in.prev_sample.data) return load(in.prev_sample.data, in.prev_sample.dtype, at, n, tile.prev);
+  const float* prev = tile.mean;
+  if (row.c != 0.0f) {
     const float* noise = tile.scratch[0];
     if (in.seed) {
       standard_normals(in.seed[b], in.step[b] + 1, offset, n, tile.scratch[0]);
@@ -82,8 +78,10 @@ void step_tile(const SDEStep& in, const Row& row, std::int64_t b, std::int64_t o
       noise = load(in.noise.data, in.noise.dtype, at, n, tile.scratch[0]);
     }
     add_scaled(tile.mean, row.c, noise, n, tile.prev);
+    prev = tile.prev;
   }
-  if (in.round_before) round_to(in.out_dtype, n, tile.prev);
+  store(out, in.out_dtype, out_at, n, prev);
+  return in.round_before ? load(out, in.out_dtype, out_at, n, tile.prev) : prev;
 }
 
 float log_prob_of(LogProb kind, float c, double mean_square) {
@@ -101,10 +99,10 @@ void sde_step_forward(const SDEStep& in, void* prev_sample, float* log_prob, flo
   std::vector<double> squares(log_prob ? in.batch * tiles : 0);
   for_each_tile(in.batch, in.numel, in.threads, [&](std::int64_t b, std::int64_t offset, int n) {
     Step tile;
-    step_tile(in, row_of(in, b), b, offset, n, tile);
-    if (prev_sample) store(prev_sample, in.out_dtype, b * in.numel + offset, n, tile.prev);
-    if (mean) store(mean, DType::kFloat32, b * in.numel + offset, n, tile.mean);
-    if (log_prob) squares[b * tiles + offset / kTile] = squared_distance(tile.prev, tile.mean, n);
+    const std::int64_t at = b * in.numel + offset;
+    const float* prev = step_tile(in, row_of(in, b), b, offset, n, tile, prev_sample, at);
+    if (mean) store(mean, DType::kFloat32, at, n, tile.mean);
+    if (log_prob) squares[b * tiles + offset / kTile] = squared_distance(prev, tile.mean, n);
   });
   for (std::int64_t b = 0; log_prob && b < in.batch; ++b) {
     double sum = 0.0;
@@ -122,11 +120,11 @@ void sde_step_backward(const SDEStep& in, const Array& grad_prev, const float* g
     alignas(64) float scratch[kTile];
     if (grad_log_prob) {
       Step tile;
-      step_tile(in, row, b, offset, n, tile);
+      const float* prev = step_tile(in, row, b, offset, n, tile, scratch, 0);
       const double variance = static_cast<double>(row.c) * row.c;
       const double density = variance == 0.0 ? 0.0 : in.log_prob == LogProb::kSquared ? 2.0 : 1.0 / variance;
       const auto k = static_cast<float>(grad_log_prob[b] * density / static_cast<double>(in.numel));
-      scaled_difference(k, tile.prev, tile.mean, n, grad);
+      scaled_difference(k, prev, tile.mean, n, grad);
     }
     if (grad_mean) accumulate(grad_mean + at, n, grad);
     if (grad_prev.data) accumulate(load(grad_prev.data, grad_prev.dtype, at, n, scratch), n, grad);
