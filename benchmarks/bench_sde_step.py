@@ -9,8 +9,9 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import harness
 import pytest
@@ -116,7 +117,7 @@ def gradient(case: Case, log_prob: Tensor, x: Inputs) -> Tensor | None:
     return torch.autograd.grad(log_prob.sum(), x.velocity)[0] if case.variant == "backward" else None
 
 
-def source(case: Case, x: Inputs) -> dict[str, Tensor | None]:
+def source(case: Case, x: Inputs) -> dict[str, Any]:
     name = {"sample": "noise", "seed": "seed"}.get(case.variant, "prev_sample")
     return {key: getattr(x, key) if key == name else None for key in ("noise", "seed", "prev_sample")}
 
@@ -195,7 +196,7 @@ def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_s
     """
     generator = torch.Generator(case.device).manual_seed(0)
     sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, case.device))]
-    times: dict[str, harness.Timing] = {}
+    calls: dict[str, list[harness.Call]] = {}
     errors: dict[str, float] = {}
     for name, make in IMPLEMENTATIONS.items():
         if name == "compile" and not compile:
@@ -204,8 +205,8 @@ def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_s
         errors[name] = error(case, run(sets[0]), sets[0], own_noise=name != "ours" and case.variant == "seed")
         if not errors[name] <= 1:
             raise RuntimeError(f"{name} {case}: {errors[name]:.3g} times the error that is allowed: no row")
-        calls = [lambda x=x, run=run: run(x) for x in sets]
-        times[name] = harness.measure(calls, case.device, graph=graph, min_seconds=min_seconds)
+        calls[name] = [partial(run, x) for x in sets]
+    times = harness.measure(calls, case.device, graph=graph, min_seconds=min_seconds)
     own, peer = times["ours"], times.get("compile")
     gb_per_s = case.bytes / own.median / 1e3
     return harness.Row(

@@ -3,8 +3,8 @@
     python benchmarks/control_study.py --seeds 3        # about 8 minutes a run on two cores; finished runs are kept
 
 Rows go to results/control_study.csv, one per run. Intervals of the difference (gain − control gain at the last turn):
-`scenes` resamples the held-out chains, which all runs share, with the seeds as they are; `seeds` is Student's t over the
-seeds, so it also holds what another training seed would change.
+`scenes` resamples the held-out chains, which all runs share, with the seeds as they are; `seeds` is Student's t over
+the seeds, so it also holds what another training seed would change.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,57 +88,81 @@ def _summary(seconds: Sequence[float]) -> Timing:
     return Timing(*(round(1e6 * cuts[i], 3) for i in (4, 1, 7)))
 
 
-def measure(calls: Sequence[Call], device: torch.device, *, graph: bool = False, min_seconds: float = 0.5) -> Timing:
-    """Times the calls, going round, for at least `min_seconds` and 20 samples; the first round warms up."""
-    for call in calls:
-        call()
-    samples: list[float] = []
-    if device.type == "cpu":
-        turn = itertools.cycle(calls)
-        until = time.perf_counter() + min_seconds
-        while len(samples) < 20 or time.perf_counter() < until:
-            call = next(turn)
-            start = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - start)
-        return _summary(samples)
+def measure(
+    peers: Mapping[str, Sequence[Call]], device: torch.device, *, graph: bool = False, min_seconds: float = 0.5
+) -> dict[str, Timing]:
+    """Times each peer's calls, going round, after one round to warm up.
 
+    Peers take turns call by call, so that whatever else the machine does falls on all of them alike. It goes on for
+    `min_seconds` per peer, and 20 samples.
+    """
+    for calls in peers.values():
+        for call in calls:
+            call()
+    timers = {name: (_cpu_timer if device.type == "cpu" else _gpu_timer)(calls, graph) for name, calls in peers.items()}
+    samples: dict[str, list[float]] = {name: [] for name in peers}
+    until = time.perf_counter() + min_seconds * len(peers)
+    for count in itertools.count():
+        if count >= 20 and time.perf_counter() >= until:
+            return {name: _summary(seconds) for name, seconds in samples.items()}
+        for name, timer in timers.items():
+            samples[name].append(timer())
+    raise AssertionError
+
+
+def _cpu_timer(calls: Sequence[Call], _: bool) -> Callable[[], float]:
+    turn = itertools.cycle(calls)
+
+    def seconds() -> float:
+        call = next(turn)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _gpu_timer(calls: Sequence[Call], graph: bool) -> Callable[[], float]:
+    """Seconds per call, over one round of the inputs and at least 20 calls."""
     batch = list(itertools.islice(itertools.cycle(calls), max(20, len(calls))))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> None:
         for call in batch:
             call()
 
+    replay = run
     if graph:
         captured = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         with torch.cuda.graph(captured):
             run()
-        run = captured.replay  # type: ignore[method-assign]
-    run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    until = time.perf_counter() + min_seconds
-    while len(samples) < 20 or time.perf_counter() < until:
+        replay = captured.replay
+        replay()
+
+    def seconds() -> float:
         begin.record()
-        run()
+        replay()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / len(batch))
-    return _summary(samples)
+        return begin.elapsed_time(end) / 1e3 / len(batch)
+
+    return seconds
 
 
 def copy_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> float:
-    """GB/s, read plus written, of the fastest copy of a large random array on this device."""
+    """GB/s, read plus written, that the fastest way to copy a large random array reaches on this device (its p20)."""
     size = 1 << (30 if device.type == "cuda" else 28)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copies: list[Call] = [lambda: target.copy_(source)]
+    copies: dict[str, Sequence[Call]] = {"torch": [lambda: target.copy_(source)]}
     if device.type == "cuda":
         from mtedit_fast.ops import _cpp
 
         if _cpp.unavailable_reason() is None and _cpp._C.cuda_archs:
-            copies.append(lambda: _device_copy(_cpp._C.device_copy, target, source))
-    best = min(measure([copy], device, graph=device.type == "cuda", min_seconds=min_seconds).median for copy in copies)
+            copies["csrc"] = [lambda: _device_copy(_cpp._C.device_copy, target, source)]
+    times = measure(copies, device, graph=device.type == "cuda", min_seconds=min_seconds)
+    best = min(timing.p20 for timing in times.values())
     assert torch.equal(source, target)
     return 2 * size / best / 1e3
 

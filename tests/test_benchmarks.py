@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,19 @@ def test_a_row_follows_from_its_times():
     assert row.torch == torch.__version__
 
 
-def test_times_are_microseconds_per_call():
+def test_times_are_microseconds_per_call_and_peers_take_turns():
     seen = []
-    calls = [lambda i=i: (seen.append(i), time.sleep(0.002)) for i in range(3)]
-    timing = harness.measure(calls, CPU, min_seconds=0.0)
-    assert seen[:3] == [0, 1, 2]
-    assert seen[3:] == [i % 3 for i in range(20)]
-    assert 2000 <= timing.p20 <= timing.median <= timing.p80
+
+    def call(name: str, i: int, seconds: float) -> None:
+        seen.append((name, i))
+        time.sleep(seconds)
+
+    peers = {name: [partial(call, name, i, seconds) for i in range(3)] for name, seconds in (("a", 1e-3), ("b", 4e-3))}
+    times = harness.measure(peers, CPU, min_seconds=0.0)
+    assert seen[:6] == [(name, i) for name in "ab" for i in range(3)]
+    assert seen[6:] == [(name, i % 3) for i in range(20) for name in "ab"]
+    for name, least in (("a", 1000), ("b", 4000)):
+        assert least <= times[name].p20 <= times[name].median <= times[name].p80
 
 
 def test_inputs_rotate_past_the_cache():
