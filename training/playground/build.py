@@ -27,7 +27,7 @@ class Recipe:
 
     vae_steps: int = 600
     chains: int = 12_000
-    editor_steps: int = 900
+    editor_steps: int = 1000
     editor_batch: int = 64
     dino_steps: int = 400
     save_every: int = 50
@@ -119,3 +119,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     pipeline.vae.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     pipeline.to(torch.float32)
+    for path in folder.rglob("*.json"):  # diffusers notes where a part was once loaded from
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None):
+            path.write_text(json.dumps(content, indent=2) + "\n")
