@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -156,3 +157,10 @@ def test_the_gpu_session_needs_a_gpu(tmp_path):
     assert session.returncode == 1
     assert "sees no CUDA GPU through torch: nothing was run" in session.stderr
     assert not out.exists()
+
+
+def test_the_gpu_session_names_files_that_exist():
+    script = (BENCHMARKS / "gpu_session.sh").read_text()
+    named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", script))
+    assert len(named) >= 5
+    assert all((BENCHMARKS.parent / path).is_file() for path in named)
