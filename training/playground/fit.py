@@ -128,7 +128,7 @@ def fit(
             progress.update(task, advance=1, metrics=shown)
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 save(step + 1)
-                progress.console.log(f"{name} {step + 1}/{steps}: {shown}")
+                progress.console.print(f"{name} {step + 1}/{steps}: {shown}")
     _assign(parameters, average)
     model.eval()
 
