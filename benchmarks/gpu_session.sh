@@ -63,8 +63,9 @@ machine 2>&1 | tee "$OUT/machine.txt"
 
 # A row counts only where the tests are green. Those of the kernels need torch and triton alone; the others what they name.
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
-tests=(tests/test_sde_step_triton.py tests/test_sde_step_registration.py tests/test_sde_step_errors.py tests/test_seeded_noise.py)
-if has diffusers; then tests+=(tests/test_sde_step.py); else echo "no diffusers: leaving out tests/test_sde_step.py"; fi
+tests=(tests/test_sde_step.py tests/test_sde_step_triton.py tests/test_sde_step_registration.py)
+tests+=(tests/test_sde_step_errors.py tests/test_seeded_noise.py)
+if has diffusers; then tests+=(tests/test_sde_step_schedule.py); else echo "no diffusers: without its schedules"; fi
 if has mtedit_fast._C && has pybind11; then tests+=(tests/test_csrc.py); else echo "no csrc: leaving out tests/test_csrc.py"; fi
 step tests "$PYTHON" -m pytest -q -x "${tests[@]}" || exit 1
 

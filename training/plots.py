@@ -146,7 +146,7 @@ def edit_grid(
     """Chains as rows: the reference, then every turn before (upper) and after training (lower), under its instruction.
 
     references [N, 3, H, W] and edits [N, K, 3, H, W] in [0, 1]; instructions: N lists of K; success bool [N, K]: a
-    green frame and tick, or a red frame and cross; None: no marks. Images are fitted into cells of `cell` pixels, on white.
+    green frame and tick, or a red frame and cross; None: no marks. Images are fitted into cells of `cell` pixels.
     """
     n, turns = edits_before.shape[:2]
     if edits_after.shape != edits_before.shape or references.shape != (n, *edits_before.shape[2:]):
