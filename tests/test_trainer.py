@@ -53,6 +53,7 @@ def test_killed_at_any_point_and_resumed_is_bit_identical(tmp_path):
     assert 0 < resumed.iteration < 4
     list(resumed.fit())
     assert equal(adapter(whole), adapter(resumed))
+    assert all(torch.equal(a, b) for a, b in zip(whole.average, resumed.average, strict=True))
     for name in ("exp_avg", "exp_avg_sq", "step"):
         states = [trainer.optimizer.state_dict()["state"] for trainer in (whole, resumed)]
         assert all(torch.equal(states[0][index][name], states[1][index][name]) for index in states[0])
@@ -197,4 +198,22 @@ def test_lora_export_loads_in_the_stock_pipeline(tmp_path):
     )
     options = {"height": 64, "width": 64, "guidance_scale": 1.0}
     with torch.no_grad():
-        assert torch.equal(stock.velocity(*arguments, **options), trainer.editor.velocity(*arguments, **options))
+        exported = stock.velocity(*arguments, **options)
+        assert not torch.equal(exported, trainer.editor.velocity(*arguments, **options))
+        with trainer.averaged():
+            assert torch.equal(exported, trainer.editor.velocity(*arguments, **options))
+
+
+def test_average_is_the_exponential_mean_of_the_iterates(tmp_path):
+    trainer = tiny_trainer(tmp_path, "optimizer.ema_decay=0.3", "run.iterations=4")
+    expected = [p.detach().double() for p in trainer.update.parameters]
+    for metrics in trainer.fit():
+        decay = min(0.3, (1 + metrics["iteration"]) / (10 + metrics["iteration"]))
+        iterates = [p.detach().double() for p in trainer.update.parameters]
+        expected = [decay * mean + (1 - decay) * p for mean, p in zip(expected, iterates, strict=True)]
+    for mean, want in zip(trainer.average, expected, strict=True):
+        assert (mean - want).abs().max() <= 1e-6 * want.abs().max() + 1e-9
+    assert any(not torch.equal(a, p) for a, p in zip(trainer.average, trainer.update.parameters, strict=True))
+    plain = tiny_trainer(tmp_path / "plain", "optimizer.ema_decay=0", "run.iterations=2")
+    list(plain.fit())
+    assert all(torch.equal(a, p) for a, p in zip(plain.average, plain.update.parameters, strict=True))

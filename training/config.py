@@ -129,6 +129,9 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
     updates_per_iteration: int = Field(default=1, ge=1, description="optimizer steps per rollout")
+    ema_decay: float = Field(
+        default=0.9, ge=0, lt=1, description="of the adapter's moving average, which is evaluated and exported; 0: none"
+    )
     steps_per_forward: int = Field(
         default=1, ge=1, description="1: exact replay in the rollout's batch shape; more: faster"
     )

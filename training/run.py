@@ -96,6 +96,8 @@ def _evaluate(trainer: Trainer, progress: Progress, name: str, *, reference: boo
     advance: Callable[[int], None] = lambda edits: progress.advance(task, edits)  # noqa: E731
     result = trainer.evaluate(reference=reference, progress=advance)
     progress.update(task, shown=_shown(result.metrics()))
+    if not progress.console.is_terminal:
+        progress.console.print(f"held out, {name}: {_shown(result.metrics())}")
     return result
 
 

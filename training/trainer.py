@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Trainer:
         )
         editor.transformer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.update = PolicyUpdate(editor, self.optimizer, self.accelerator, config.objective, config.optimizer)
+        self.average = [parameter.detach().clone() for parameter in self.update.parameters]
         self.timer = PhaseTimer(self.device)
         self.iteration = 0
 
@@ -120,6 +121,9 @@ class Trainer:
             result = shuffle_advantages(result, seed=self.config.run.seed * 1_000_003 + self.iteration)
         with self.timer("update"):
             stats = self.update(trajectories, result)
+            # Warmed up, so that the first iterations are not held back by the untrained adapter.
+            decay = min(self.config.optimizer.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.update.parameters], 1 - decay)
         seconds = {f"seconds/{name}": value for name, value in self.timer.seconds().items()}
         return {"iteration": self.iteration, **result.stats, **stats.metrics(), **seconds}
 
@@ -176,10 +180,10 @@ class Trainer:
         return score(self.config.rewards, batch)
 
     def evaluate(self, *, reference: bool = False, progress: Callable[[int], None] | None = None) -> Evaluation:
-        """The held-out chains under the current policy, or under the reference (adapter off)."""
+        """The held-out chains under the averaged adapter, or under the reference (adapter off)."""
         if self.held_out is None:
             raise ValueError("evaluation.path: expected held-out chains, got null")
-        with self.update.reference_policy() if reference else nullcontext():
+        with self.update.reference_policy() if reference else self.averaged():
             return evaluate(
                 self.editor,
                 self.held_out,
@@ -190,6 +194,21 @@ class Trainer:
             )
 
     # ---- state
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the adapter's current values."""
+        current = [parameter.detach().clone() for parameter in self.update.parameters]
+        self._assign(self.average)
+        try:
+            yield
+        finally:
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.update.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @property
     def fingerprint(self) -> str:
@@ -210,7 +229,7 @@ class Trainer:
             self.output_dir / "checkpoints",
             self.iteration,
             self.adapter(),
-            {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()},
+            {"iteration": self.iteration, "optimizer": self.optimizer.state_dict(), "average": self.average},
             self.fingerprint,
             keep=self.config.run.keep_checkpoints,
         )
@@ -223,13 +242,15 @@ class Trainer:
         adapter, state = load_checkpoint(path, self.fingerprint)
         set_peft_model_state_dict(self.model, adapter)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average = [value.to(self.device) for value in state["average"]]
         self.iteration = state["iteration"]
         return True
 
     def export(self) -> Path:
-        """LoRA safetensors for stock `pipe.load_lora_weights(output_dir / "lora")`."""
+        """The averaged LoRA as safetensors for stock `pipe.load_lora_weights(output_dir / "lora")`."""
         path = self.output_dir / "lora"
-        self.editor.save_lora(str(path))
+        with self.averaged():
+            self.editor.save_lora(str(path))
         return path
 
     def _start_logs(self) -> Path:

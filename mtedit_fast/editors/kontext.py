@@ -32,6 +32,7 @@ class KontextEditor:
         for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if module is not None:
                 module.requires_grad_(False).eval()
+        self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self._ids: dict[tuple[int, int], Tensor] = {}
         self._txt_ids: dict[int, Tensor] = {}
 
