@@ -8,7 +8,7 @@ from peft import LoraConfig
 from tiny import SIZE, tiny_editor
 
 from mtedit_fast.ops import sde_step, seeded_noise
-from mtedit_fast.rollout import RolloutConfig, replay, rollout, sample_seeds
+from mtedit_fast.rollout import RolloutConfig, _denoise, replay, rollout, sample_seeds
 from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training.trainer import KONTEXT_LORA_TARGETS
 
@@ -207,3 +207,16 @@ def test_bad_input_names_the_argument(editor, references, change, message):
     arguments = {"references": references, "instructions": PROMPTS, "config": CONFIG, "seeds": sample_seeds(0, 0, 8)}
     with pytest.raises(ValueError, match=message):
         rollout(editor, **(arguments | change))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a host sync can only be caught on a GPU")
+def test_step_loop_never_waits_for_the_device():
+    editor = tiny_editor()
+    editor.pipeline.to("cuda")
+    seeds = sample_seeds(0, 0, 8, device="cuda")
+    trajectories = rollout(editor, torch.rand(2, 3, SIZE, SIZE, device="cuda"), PROMPTS, CONFIG, seeds)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _denoise(editor, trajectories, slice(0, 4), 1, seeds[:4])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

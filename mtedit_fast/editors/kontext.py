@@ -33,6 +33,7 @@ class KontextEditor:
             if module is not None:
                 module.requires_grad_(False).eval()
         self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
+        self._guidance: dict[float, Tensor] = {}
         self._ids: dict[tuple[int, int], Tensor] = {}
         self._txt_ids: dict[int, Tensor] = {}
 
@@ -128,7 +129,7 @@ class KontextEditor:
         batch, tokens, _ = latents.shape
         guidance = None
         if self.config.guidance_embeds:
-            guidance = torch.full((1,), guidance_scale, device=latents.device, dtype=torch.float32).expand(batch)
+            guidance = self._guidance_scale(guidance_scale).expand(batch)
         prediction = self.transformer(
             hidden_states=torch.cat([latents.to(self.dtype), references.to(self.dtype)], dim=1),
             timestep=timestep.expand(batch).to(self.dtype) / 1000,
@@ -149,6 +150,11 @@ class KontextEditor:
             transformer_lora_layers=get_peft_model_state_dict(transformer),
             **_collate_lora_metadata({"transformer": transformer}),
         )
+
+    def _guidance_scale(self, scale: float) -> Tensor:
+        if scale not in self._guidance:
+            self._guidance[scale] = torch.full((1,), scale, device=self.device, dtype=torch.float32)
+        return self._guidance[scale]
 
     def _text_ids(self, length: int) -> Tensor:
         if length not in self._txt_ids:
