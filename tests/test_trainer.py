@@ -61,6 +61,21 @@ def test_killed_at_any_point_and_resumed_is_bit_identical(tmp_path):
     assert [line["iteration"] for line in metrics] == [0, 1, 2, 3]
 
 
+def test_linear_schedule_falls_to_zero_and_survives_a_resume(tmp_path):
+    options = ("optimizer.lr=0.02", "optimizer.lr_schedule=linear")
+    first = tiny_trainer(tmp_path, *options)
+    rates = []
+    for metrics in first.fit():
+        rates.append(metrics["learning_rate"])
+        if len(rates) == 2:
+            break
+    first.save()
+    rates += [metrics["learning_rate"] for metrics in tiny_trainer(tmp_path, *options).fit()]
+    assert rates == pytest.approx([0.02, 0.015, 0.01, 0.005])
+    (constant,) = tiny_trainer(tmp_path / "constant", "optimizer.lr=0.02", "run.iterations=1").fit()
+    assert constant["learning_rate"] == 0.02
+
+
 def test_several_steps_per_forward_report_the_drift(tmp_path):
     trainer = tiny_trainer(tmp_path, "optimizer.steps_per_forward=2", "run.iterations=1")
     (metrics,) = trainer.fit()

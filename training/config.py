@@ -125,6 +125,9 @@ class ObjectiveConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(default=3e-4, gt=0, description="AdamW learning rate")
+    lr_schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="linear falls to 0 over run.iterations"
+    )
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     weight_decay: float = Field(default=1e-4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")

@@ -120,12 +120,21 @@ class Trainer:
         if self.config.run.control == "shuffle":
             result = shuffle_advantages(result, seed=self.config.run.seed * 1_000_003 + self.iteration)
         with self.timer("update"):
+            self._set_learning_rate()
             stats = self.update(trajectories, result)
             # Warmed up, so that the first iterations are not held back by the untrained adapter.
             decay = min(self.config.optimizer.ema_decay, (1 + self.iteration) / (10 + self.iteration))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.update.parameters], 1 - decay)
         seconds = {f"seconds/{name}": value for name, value in self.timer.seconds().items()}
-        return {"iteration": self.iteration, **result.stats, **stats.metrics(), **seconds}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"iteration": self.iteration, "learning_rate": rate, **result.stats, **stats.metrics(), **seconds}
+
+    def _set_learning_rate(self) -> None:
+        """A function of the iteration alone, so that there is no scheduler state to resume."""
+        optimizer = self.config.optimizer
+        left = 1 - self.iteration / self.config.run.iterations if optimizer.lr_schedule == "linear" else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimizer.lr * left
 
     def rollout(self, records: list[Record], draw: int) -> Trajectories:
         """G trajectories per record with the current weights."""
