@@ -25,11 +25,11 @@ from mtedit_fast.training.report import paired_bootstrap
 RESULTS = Path(__file__).parent / "results" / "control_study.csv"
 
 
-def run(folder: Path, seed: int, control: str) -> dict:
+def run(folder: Path, seed: int, control: str, iterations: int) -> dict:
     """Summary of one run, from disk if it is finished."""
     summary = folder / "summary.json"
     if not summary.exists():
-        run_demo(folder, seed=seed, control=control)
+        run_demo(folder, seed=seed, control=control, overrides=[f"run.iterations={iterations}"])
         _append(json.loads(summary.read_text()), seed, control)
     return json.loads(summary.read_text())
 
@@ -66,13 +66,14 @@ def _append(summary: dict, seed: int, control: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 … n-1")
+    parser.add_argument("--iterations", type=int, default=45, help="of each run; the demo's own are more")
     parser.add_argument("--runs", type=Path, default=Path("runs/control_study"), help="folder of the runs")
     parser.add_argument("--only", choices=("none", "shuffle"), help="one arm only, e.g. on a machine of its own")
     arguments = parser.parse_args()
     arms = (arguments.only,) if arguments.only else ("none", "shuffle")
     for seed in range(arguments.seeds):
         for control in arms:
-            run(arguments.runs / f"{control}-{seed}", seed, control)
+            run(arguments.runs / f"{control}-{seed}", seed, control, arguments.iterations)
     if arguments.only:
         return
     true, shuffled = (
