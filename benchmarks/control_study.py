@@ -1,6 +1,6 @@
 """Is the demo's rise due to the reward? The same run with true and with shuffled advantages, over seeds.
 
-    python benchmarks/control_study.py --seeds 3        # about 8 minutes a run on two cores; finished runs are kept
+    python benchmarks/control_study.py --seeds 3        # about 9 minutes a run on one core; finished runs are kept
 
 Rows go to results/control_study.csv, one per run. Intervals of the difference (gain − control gain at the last turn):
 `scenes` resamples the held-out chains, which all runs share, with the seeds as they are; `seeds` is Student's t over

@@ -84,7 +84,8 @@ class Trainer:
     def fit(self) -> Iterator[dict[str, float]]:
         """Train to `run.iterations`, from the last checkpoint if there is one; yields each iteration's metrics."""
         run, every = self.config.run, self.config.evaluation.every
-        self.resume()
+        if self.iteration == 0:
+            self.resume()
         metrics_path = self._start_logs()
         with metrics_path.open("a") as lines:
             while self.iteration < run.iterations:
