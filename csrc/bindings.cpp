@@ -2,10 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "crop_resize.h"
 #include "sde_step.h"
 #include "seeded_noise.h"
 #ifdef MTEDIT_CUDA_ARCHS
@@ -65,6 +69,39 @@ mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, 
   return in;
 }
 
+// data_ptr, height, width and row, pixel and channel stride of the first image, the stride between images, their
+// number, and a table of the first six numbers for each where their sizes differ (0: absent).
+using ImageArray = std::array<std::int64_t, 9>;
+
+mtedit::CropResize crop_of(const ImageArray& images, int pixel, Pointer boxes, Pointer index,
+                           const std::array<std::int64_t, 4>& shape, bool cubic, const std::vector<float>& gain,
+                           const std::vector<float>& bias, const PythonArray& out) {
+  if (pixel < 0 || pixel > 3) throw std::invalid_argument("pixel code must be 0 to 3, got " + std::to_string(pixel));
+  const std::int64_t channels = shape[1];
+  const auto given = static_cast<std::size_t>(channels);
+  if (channels < 1 || channels > mtedit::kMaxChannels || gain.size() != given || bias.size() != given) {
+    throw std::invalid_argument("1 to 4 channels, each with a gain and a bias, expected: " + std::to_string(channels));
+  }
+  mtedit::CropResize in{};
+  in.images.first = {pointer<const void>(images[0]), images[1], images[2], images[3], images[4], images[5]};
+  in.images.image_stride = images[6];
+  in.images.count = images[7];
+  in.images.table = pointer<const mtedit::Image>(images[8]);
+  in.channels = static_cast<int>(channels);
+  in.pixel = static_cast<mtedit::Pixel>(pixel);
+  in.boxes = pointer<const double>(boxes);
+  in.index = pointer<const std::int64_t>(index);
+  in.crops = shape[0];
+  in.height = shape[2];
+  in.width = shape[3];
+  in.cubic = cubic;
+  std::copy(gain.begin(), gain.end(), in.gain);
+  std::copy(bias.begin(), bias.end(), in.bias);
+  in.out = pointer<void>(out.first);
+  in.out_dtype = dtype_of(out.second);
+  return in;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -108,7 +145,24 @@ PYBIND11_MODULE(_C, m) {
                          pointer<void>(out), out_dtype, threads);
   });
 
+  m.def("crop_resize",
+        [](const ImageArray& images, int pixel, Pointer boxes, Pointer index,
+           const std::array<std::int64_t, 4>& shape, bool cubic, const std::vector<float>& gain,
+           const std::vector<float>& bias, const PythonArray& out, int threads) {
+          const mtedit::CropResize in = crop_of(images, pixel, boxes, index, shape, cubic, gain, bias, out);
+          py::gil_scoped_release release;
+          mtedit::crop_resize(in, threads);
+        });
+
 #ifdef MTEDIT_CUDA_ARCHS
+  m.def("crop_resize_cuda",
+        [](const ImageArray& images, int pixel, Pointer boxes, Pointer index,
+           const std::array<std::int64_t, 4>& shape, bool cubic, const std::vector<float>& gain,
+           const std::vector<float>& bias, const PythonArray& out, Pointer stream, int device) {
+          const mtedit::CropResize in = crop_of(images, pixel, boxes, index, shape, cubic, gain, bias, out);
+          py::gil_scoped_release release;
+          mtedit::crop_resize_cuda(in, stream, device);
+        });
   m.attr("cuda_archs") = MTEDIT_CUDA_ARCHS;
   m.def("device_copy", &mtedit::device_copy, py::arg("dst"), py::arg("src"), py::arg("bytes"), py::arg("stream"),
         py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
