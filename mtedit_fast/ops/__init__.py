@@ -1,7 +1,24 @@
 """Fused operators: one file per op, each with its plain-PyTorch reference."""
 
 from mtedit_fast.ops.coefficients import SDECoefficients, sde_coefficients
+from mtedit_fast.ops.crd_loss import CRDLoss, crd_loss
+from mtedit_fast.ops.crop_resize import crop_resize
+from mtedit_fast.ops.nft_loss import NFTLoss, advantage_to_reward, nft_loss
 from mtedit_fast.ops.sde_step import SDEStepOutput, sde_step
 from mtedit_fast.ops.seeded_noise import seeded_noise
+from mtedit_fast.ops.token_similarity import token_similarity
 
-__all__ = ["SDECoefficients", "SDEStepOutput", "sde_coefficients", "sde_step", "seeded_noise"]
+__all__ = [
+    "CRDLoss",
+    "NFTLoss",
+    "SDECoefficients",
+    "SDEStepOutput",
+    "advantage_to_reward",
+    "crd_loss",
+    "crop_resize",
+    "nft_loss",
+    "sde_coefficients",
+    "sde_step",
+    "seeded_noise",
+    "token_similarity",
+]

@@ -4,8 +4,7 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "reference", "cpp", "triton"]
-BACKENDS = ("auto", "reference", "cpp", "triton")
+Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,6 +23,12 @@ def unavailable_reason(backend: str, device: torch.device, dtypes: tuple[torch.d
         except ImportError as error:
             return str(error)
         return _cpp.unavailable_reason()
+    if backend == "cuda":
+        if device.type != "cuda":
+            return f"it runs on CUDA and the tensors are on {device}"
+        from mtedit_fast.ops import _cpp
+
+        return _cpp.cuda_unavailable_reason()
     try:
         from mtedit_fast.kernels.seeded_noise import INTERPRETED
     except ImportError as error:
@@ -33,12 +38,22 @@ def unavailable_reason(backend: str, device: torch.device, dtypes: tuple[torch.d
     return None
 
 
-def choose_backend(requested: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    """`requested` if it can run (ValueError with the reason if it cannot); for "auto", the fastest that can."""
-    if requested not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {requested!r}")
+def choose_backend(
+    requested: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    offered: tuple[str, str] = ("cpp", "triton"),
+) -> str:
+    """`requested` if it can run (ValueError with the reason if it cannot); for "auto", the fastest that can.
+
+    `offered`: what the op has beside its reference, on the CPU and on a GPU.
+    """
+    backends = ("auto", "reference", *offered)
+    if requested not in backends:
+        raise ValueError(f"backend must be one of {backends}, got {requested!r}")
     if requested == "auto":
-        native = "triton" if device.type == "cuda" else "cpp"
+        native = offered[device.type == "cuda"]
         return native if unavailable_reason(native, device, dtypes) is None else "reference"
     reason = unavailable_reason(requested, device, dtypes)
     if reason is not None:

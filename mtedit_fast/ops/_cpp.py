@@ -1,6 +1,7 @@
-"""The C++ kernels on CPU tensors: hands data pointers to `mtedit_fast._C`, which knows nothing of torch.
+"""The C++ and CUDA kernels: hands data pointers to `mtedit_fast._C`, which knows nothing of torch.
 
-Arguments are those of `ops.sde_step` and `ops.seeded_noise`, already checked there.
+Arguments are those of the ops of the same names, already checked there. `crop_resize` runs on its images' device, the
+others on the CPU.
 """
 
 from importlib import import_module
@@ -17,12 +18,20 @@ except ImportError as error:
     _reason = f"the C++ extension is not built ({error}): install g++, then mtedit-fast again"
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PIXEL_CODES = _DTYPE_CODES | {torch.uint8: 3}
 LOG_PROB_NONE, LOG_PROB_GAUSSIAN, LOG_PROB_SQUARED = 0, 1, 2
 
 
 def unavailable_reason() -> str | None:
     """Why the C++ kernels cannot run, or None if they can."""
     return _reason
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot run, or None if they can."""
+    if _reason is not None or _C.cuda_archs:
+        return _reason
+    return "the C++ extension was built without CUDA: install nvcc, then mtedit-fast again"
 
 
 def _array(tensor: Tensor | None) -> tuple[int, int]:
@@ -153,3 +162,59 @@ def seeded_noise(seed: Tensor, numel: int, step: int | Tensor, dtype: torch.dtyp
     arguments = (seed.shape[0], numel, noise.data_ptr(), _DTYPE_CODES[dtype], torch.get_num_threads())
     _C.seeded_noise(seed.data_ptr(), steps.data_ptr(), *arguments)
     return noise
+
+
+def _readable(batch: Tensor) -> Tensor:
+    """[B, C, H, W] whose rows C++ can read: pixels side by side, or their channels. A copy only where they are not."""
+    channel, _, pixel = batch.stride()[1:]
+    if batch.is_cuda or pixel == 1 or batch.shape[3] == 1 or (channel == 1 and batch.shape[1] <= pixel <= 4):
+        return batch
+    return batch.clone(memory_format=torch.contiguous_format)
+
+
+def _describe(batch: Tensor) -> list[int]:
+    """data_ptr, height, width, row, pixel and channel stride of the first image."""
+    channel, row, pixel = batch.stride()[1:]
+    return [batch.data_ptr(), *batch.shape[2:], row, 1 if batch.shape[3] == 1 else pixel, channel]
+
+
+def crop_resize(
+    batches: list[Tensor],
+    boxes: Tensor,
+    index: Tensor,
+    height: int,
+    width: int,
+    cubic: bool,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """[n, C, height, width] of one [B, C, H, W] or several [1, C, H, W]."""
+    batches = [_readable(batch) for batch in batches]
+    first = batches[0]
+    device = first.device
+    boxes, index = boxes.contiguous(), index.contiguous()
+    table, count = None, first.shape[0]
+    if len(batches) > 1:
+        count = len(batches)
+        table = torch.tensor([_describe(batch) for batch in batches])
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+    out = torch.empty(boxes.shape[0], first.shape[1], height, width, dtype=dtype, device=device)
+    arguments = (
+        (*_describe(first), first.stride(0), count, _pointer(table)),
+        _PIXEL_CODES[first.dtype],
+        boxes.data_ptr(),
+        index.data_ptr(),
+        tuple(out.shape),
+        cubic,
+        [1 / s for s in std],
+        [-m / s for m, s in zip(mean, std, strict=True)],
+        _array(out),
+    )
+    if device.type == "cpu":
+        _C.crop_resize(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            _C.crop_resize_cuda(*arguments, torch.cuda.current_stream().cuda_stream, device.index)
+    return out
