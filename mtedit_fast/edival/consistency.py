@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mtedit_fast.ops import crop_resize, token_similarity
+
+from .background import Boxes, background_weights, pixel_box, pixel_boxes, token_grid
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Boxes", "Consistency", "ContentConsistency", "pixel_box"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Boxes = Sequence[Sequence[float]] | Tensor  # [n, 4] (cx, cy, w, h), each in [0, 1]
 
 
 class Consistency(NamedTuple):
@@ -21,23 +24,29 @@ class Consistency(NamedTuple):
     background: Tensor  # [B, K] fp32 in [-1, 1]
 
 
-def pixel_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) in whole pixels of a normalised (cx, cy, w, h) box, clipped, at least one pixel."""
-    cx, cy, w, h = (float(v) for v in box)
-    left = min(max(round((cx - w / 2) * width), 0), width - 1)
-    top = min(max(round((cy - h / 2) * height), 0), height - 1)
-    right = min(max(round((cx + w / 2) * width), left + 1), width)
-    bottom = min(max(round((cy + h / 2) * height), top + 1), height)
-    return top, bottom, left, right
-
-
 class ContentConsistency:
-    """Content consistency with a DINOv2 or DINOv3 backbone.
+    """Content consistency (EdiVal-Agent, arXiv 2509.13399) with a DINOv2 or DINOv3 backbone.
 
-    model: a transformers ViT whose `last_hidden_state` is [CLS, registers, patches], such as Dinov2Model; register
-    tokens are dropped. image_size, crop_size: side in pixels of whole images and of crops as the model sees them,
-    multiples of the patch size (default: the config's image_size). mean, std: of the model's training images.
-    batch_size: images per forward.
+    Object part: mean over the unchanged objects of ½ cos(CLS) + ½ cos(mean patch token) of the same box, cut from both
+    images. Background part: patch tokens, each of unit length, averaged with the part of its patch that no box covers
+    as weight (0 below a half), and the cosine of the two averages. A reference's image and crops go through the model
+    once for all its chains and turns, all images of a call in as few batches as `max_tokens` allows, and images of
+    which no score is defined not at all.
+
+    Args:
+        model: a transformers ViT in eval mode whose `last_hidden_state` is [CLS, registers, patches], such as
+            Dinov2Model or DINOv3ViTModel. It computes in its own dtype (bf16: `model.to(torch.bfloat16)`), the cosines
+            in fp32.
+        image_size, crop_size: side in pixels of whole images and of crops as the model sees them, multiples of the
+            patch size (default: the config's image_size).
+        mean, std: of the model's training images.
+        filter: "bicubic" or "bilinear" (what DINOv3's own image processor does), antialiased.
+        max_tokens: of one forward. Default: 65536, and on a CPU 8192, whose activations stay in its cache.
+        registers: "drop", or "edival_compat" for the numbers of EdiVal's public code: it takes register tokens for
+            patches, the first ones, and lays all of them out on the grid that fits their number, so that 224 pixels
+            of DINOv3's patches of 16 become 10 × 20 cells instead of 14 × 14; and it scores 0 where no unchanged
+            object was found. Boxes are rounded to pixels as here, not as there, in both.
+        compile: run the model through `torch.compile`.
     """
 
     def __init__(
@@ -48,7 +57,10 @@ class ContentConsistency:
         crop_size: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        batch_size: int = 256,
+        filter: Literal["bicubic", "bilinear"] = "bicubic",
+        max_tokens: int | None = None,
+        registers: Literal["drop", "edival_compat"] = "drop",
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.patch = int(model.config.patch_size)
@@ -57,16 +69,27 @@ class ContentConsistency:
         for name, size in (("image_size", self.image_size), ("crop_size", self.crop_size)):
             if size % self.patch:
                 raise ValueError(f"{name} must be a multiple of the model's patch size {self.patch}, got {size}")
-        self.prefix = 1 + int(getattr(model.config, "num_register_tokens", 0) or 0)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.batch_size = batch_size
+        if registers not in ("drop", "edival_compat"):
+            raise ValueError(f"registers must be 'drop' or 'edival_compat', got {registers!r}")
+        if filter not in ("bicubic", "bilinear"):
+            raise ValueError(f"filter must be 'bicubic' or 'bilinear', got {filter!r}")
+        if max_tokens is None:
+            max_tokens = 8192 if model.device.type == "cpu" else 65536
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
+        self.num_registers = int(getattr(model.config, "num_register_tokens", 0) or 0)
+        self.compat = registers == "edival_compat"
+        self.first_patch = 1 if self.compat else 1 + self.num_registers
+        self.mean, self.std, self.filter = tuple(mean), tuple(std), filter
+        self.max_tokens = max_tokens
+        self._vit = torch.compile(model) if compile else model
 
     @torch.no_grad()
     def __call__(
         self,
         references: Tensor,
         edits: Tensor,
-        unchanged: Sequence[Sequence[Boxes]],
+        unchanged: Sequence[Sequence[Boxes | None]],
         found_references: Sequence[Boxes],
         found_edits: Sequence[Sequence[Boxes]],
         *,
@@ -75,103 +98,138 @@ class ContentConsistency:
     ) -> Consistency:
         """Consistency of B chains of K edits with the images they started from.
 
-        references: [R, 3, H, W], edits: [B, K, 3, H, W], float in [0, 1] on the model's device.
-        unchanged[b][k]: boxes in the reference of the objects not edited up to turn k; empty: the object part is NaN.
-        found_references[r], found_edits[b][k]: boxes of all objects found, cut out of the background; where nothing
-        is left the background part is NaN. background_changed: [B, K] bool, NaN there (default: nowhere).
-        owner[b]: index of chain b's reference (default: R == B, in order); members of a group share one, whose
-        features are computed once. Raises ValueError where lengths or shapes do not fit together.
+        Boxes are normalised (cx, cy, w, h), rounded to whole pixels, clipped to the image and at least one pixel.
+
+        Args:
+            references: [R, 3, H, W] and edits: [B, K, 3, H, W], float in [0, 1] or uint8, on the model's device.
+            unchanged: [b][k] boxes, found in the reference, of the objects not edited up to turn k. The object part is
+                NaN for None, there are no such objects, and for an empty list, none was found (0 in "edival_compat").
+            found_references, found_edits: [r] and [b][k] boxes of all objects found, cut out of the background; where
+                nothing is left of it the background part is NaN.
+            background_changed: [B, K] bool, everything is NaN there (default: nowhere).
+            owner: [b] index of chain b's reference (default: R == B, in order).
+
+        Raises:
+            TypeError: images that are neither float nor uint8.
+            ValueError: lengths, shapes or devices that do not fit together, or boxes that are not finite.
         """
         owner = list(range(len(edits))) if owner is None else list(owner)
         self._check(references, edits, unchanged, found_references, found_edits, background_changed, owner)
-        objects = self._object_part(references, edits, unchanged, owner)
-        backgrounds = self._background_part(references, edits, found_references, found_edits, owner)
-        if background_changed is not None:
-            undefined = background_changed.to(edits.device)
-            objects = objects.masked_fill(undefined, torch.nan)
-            backgrounds = backgrounds.masked_fill(undefined, torch.nan)
-        return Consistency(0.5 * (objects + backgrounds), objects, backgrounds)
-
-    def _features(self, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """CLS [N, D] and patch tokens [N, P, D], fp32, of images [N, 3, H, W] resized to `size`."""
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        tokens = []
-        for chunk in images.split(self.batch_size):
-            pixels = (_resize(chunk, size) - mean) / std
-            tokens.append(self.model(pixel_values=pixels.to(self.model.dtype)).last_hidden_state.float())
-        hidden = torch.cat(tokens)
-        return hidden[:, 0], hidden[:, self.prefix :]
-
-    def _object_part(
-        self, references: Tensor, edits: Tensor, unchanged: Sequence[Sequence[Boxes]], owner: list[int]
-    ) -> Tensor:
         b, k, _, height, width = edits.shape
-        crops: list[Tensor] = []
-        source: dict[tuple[int, ...], int] = {}  # (reference, box) -> crop, shared by group members and turns
-        pairs: list[tuple[int, int, int]] = []  # (edit b·K + k, crop of the reference, crop of the edit)
-        for i in range(b):
-            for j in range(k):
-                for box in torch.as_tensor(unchanged[i][j]).view(-1, 4).tolist():
-                    top, bottom, left, right = pixels = pixel_box(box, height, width)
-                    key = (owner[i], *pixels)
-                    if key not in source:
-                        source[key] = len(crops)
-                        crops.append(_resize(references[owner[i], None, :, top:bottom, left:right], self.crop_size))
-                    pairs.append((i * k + j, source[key], len(crops)))
-                    crops.append(_resize(edits[i, j, None, :, top:bottom, left:right], self.crop_size))
-        if not pairs:
-            return edits.new_full((b, k), torch.nan, dtype=torch.float32)
-        cls, patches = self._features(torch.cat(crops), self.crop_size)
-        index, before, after = torch.tensor(pairs, device=edits.device).T
-        mean = patches.mean(1)
-        similarity = 0.5 * F.cosine_similarity(cls[before], cls[after]) + 0.5 * F.cosine_similarity(
-            mean[before], mean[after]
-        )
-        total = similarity.new_zeros(b * k).index_add(0, index, similarity)
-        return (total / torch.bincount(index, minlength=b * k)).view(b, k)  # 0 / 0 = NaN: no unchanged object
+        changed = [[False] * k] * b if background_changed is None else background_changed.tolist()
+        turns = [(i, j) for i in range(b) for j in range(k) if not changed[i][j]]
+        objects, backgrounds = torch.full((2, b * k), torch.nan, device=edits.device)
+        if turns:
+            index = [i * k + j for i, j in turns]
+            sources = [owner[i] for i, _ in turns]
+            given = [unchanged[i][j] for i, j in turns]
+            kept = pixel_boxes(given, height, width, "unchanged")
+            before = pixel_boxes(found_references, height, width, "found_references")
+            after = pixel_boxes([found_edits[i][j] for i, j in turns], height, width, "found_edits")
+            covered = [torch.cat([before[r], boxes]) for r, boxes in zip(sources, after, strict=True)]
+            whole, crops = self._banks(references, edits.flatten(0, 1), index, sources, kept)
+            objects[index] = self._object_part(*crops, given, kept)
+            backgrounds[index] = self._background_part(*whole, covered, height, width)
+        return Consistency(*(part.view(b, k) for part in (0.5 * (objects + backgrounds), objects, backgrounds)))
 
-    def _background_part(
+    def _banks(
+        self, references: Tensor, edits: Tensor, index: list[int], sources: list[int], kept: list[Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Tokens [n, T, D] and pairs of their rows, [turns, 2] of whole images and [boxes, 2] of crops.
+
+        Turn t compares references[sources[t]] with edits[index[t]] [N, 3, H, W] and their crops of kept[t].
+        """
+        rows = {source: row for row, source in enumerate(dict.fromkeys(sources))}
+        shared: dict[tuple[int, ...], int] = {}  # (reference, box) -> its crop, of all chains and turns
+        boxes = [(source, *box) for source, own in zip(sources, kept, strict=True) for box in own.tolist()]
+        cut_before = [shared.setdefault(box, len(shared)) for box in boxes]
+        crop_pairs = [(row, len(shared) + i) for i, row in enumerate(cut_before)]
+        image_pairs = [(rows[source], len(rows) + t) for t, source in enumerate(sources)]
+        edited = [i for i, own in zip(index, kept, strict=True) for _ in range(len(own))]
+        reference_boxes = torch.tensor(list(shared), dtype=torch.int64).view(-1, 5)
+        frame = torch.tensor([[0, 0, *edits.shape[:1:-1]]])
+        images = [
+            self._pixels(references, list(rows), frame.expand(len(rows), 4), self.image_size),
+            self._pixels(edits, index, frame.expand(len(index), 4), self.image_size),
+        ]
+        crops = [
+            self._pixels(references, reference_boxes[:, 0].tolist(), reference_boxes[:, 1:], self.crop_size),
+            self._pixels(edits, edited, torch.cat(kept), self.crop_size),
+        ]
+        if self.image_size == self.crop_size:
+            whole, cut = self._tokens(images + crops).split([len(rows) + len(index), len(shared) + len(edited)])
+        else:
+            whole, cut = self._tokens(images), self._tokens(crops)
+        pairs = (torch.tensor(p, dtype=torch.int64, device=edits.device).view(-1, 2) for p in (image_pairs, crop_pairs))
+        return (whole, next(pairs)), (cut, next(pairs))
+
+    def _pixels(self, images: Tensor, index: list[int], boxes: Tensor, size: int) -> Tensor:
+        """Crops [n, 3, size, size] of images[index], resized and normalised, in the model's dtype."""
+        return crop_resize(
+            images,
+            boxes,
+            size,
+            image_index=torch.tensor(index, dtype=torch.int64),
+            filter=self.filter,
+            mean=self.mean,
+            std=self.std,
+            dtype=self.model.dtype,
+        )
+
+    def _tokens(self, pixels: list[Tensor]) -> Tensor:
+        """last_hidden_state [n, 1 + registers + patches, D], at most max_tokens in one forward."""
+        images = torch.cat(pixels)
+        count = 1 + self.num_registers + (images.shape[-1] // self.patch) ** 2
+        if len(images) == 0:
+            return images.new_empty(0, count, self.model.config.hidden_size)
+        chunks = images.split(max(1, self.max_tokens // count))
+        hidden = torch.cat([self._vit(pixel_values=chunk).last_hidden_state for chunk in chunks])
+        if hidden.shape[1] != count:
+            raise ValueError(
+                f"model must return {count} tokens, CLS, {self.num_registers} registers and one per patch of "
+                f"{self.patch} pixels, for images of {images.shape[-1]}; got {hidden.shape[1]}"
+            )
+        return hidden
+
+    def _object_part(self, tokens: Tensor, pairs: Tensor, given: Sequence[Boxes | None], kept: list[Tensor]) -> Tensor:
+        """[turns]: mean over a turn's boxes."""
+        cls, patches = tokens[:, :1], tokens[:, self.first_patch :]
+        similarity = 0.5 * (token_similarity(cls, cls, pairs) + token_similarity(patches, patches, pairs))
+        counts = [len(boxes) for boxes in kept]
+        sums = torch.nn.utils.rnn.pad_sequence(list(similarity.split(counts)), batch_first=True).sum(1)
+        part = sums / torch.tensor(counts, device=sums.device)  # 0 / 0 = NaN
+        if self.compat:
+            part[[t for t, boxes in enumerate(given) if boxes is not None and len(boxes) == 0]] = 0.0
+        return part
+
+    def _background_part(self, tokens: Tensor, pairs: Tensor, covered: list[Tensor], height: int, width: int) -> Tensor:
+        """[turns], with the boxes that each turn cuts out."""
+        patches = tokens[:, self.first_patch :]
+        side = self.image_size // self.patch
+        grid = token_grid(patches.shape[1]) if self.compat else (side, side)
+        weights = background_weights(covered, height, width, grid).to(tokens.device)
+        return token_similarity(patches, patches, pairs, weights=weights, normalize=True)
+
+    def _check(
         self,
         references: Tensor,
         edits: Tensor,
-        found_references: Sequence[Boxes],
-        found_edits: Sequence[Sequence[Boxes]],
-        owner: list[int],
-    ) -> Tensor:
-        b, k, _, height, width = edits.shape
-        keep = torch.ones(b, k, height, width)
-        for i in range(b):
-            for j in range(k):
-                for boxes in (found_references[owner[i]], found_edits[i][j]):
-                    for box in torch.as_tensor(boxes).view(-1, 4).tolist():
-                        top, bottom, left, right = pixel_box(box, height, width)
-                        keep[i, j, top:bottom, left:right] = 0
-        grid = self.image_size // self.patch
-        weight = F.adaptive_avg_pool2d(keep.to(edits.device), grid).flatten(2)  # [B, K, P]
-        weight = weight * (weight >= 0.5)
-        before = F.normalize(self._features(references, self.image_size)[1], dim=-1)[owner]  # [B, P, D]
-        after = F.normalize(self._features(edits.flatten(0, 1), self.image_size)[1], dim=-1).view(b, k, grid**2, -1)
-        # a common factor of the weights leaves the cosine as it is, so sums stand for weighted means
-        score = F.cosine_similarity(
-            torch.einsum("bkp,bpd->bkd", weight, before), torch.einsum("bkp,bkpd->bkd", weight, after), dim=-1
-        )
-        return score.masked_fill(weight.sum(-1) == 0, torch.nan)
-
-    @staticmethod
-    def _check(
-        references: Tensor,
-        edits: Tensor,
-        unchanged: Sequence[Sequence[Boxes]],
+        unchanged: Sequence[Sequence[Boxes | None]],
         found_references: Sequence[Boxes],
         found_edits: Sequence[Sequence[Boxes]],
         background_changed: Tensor | None,
         owner: list[int],
     ) -> None:
-        if edits.ndim != 5 or references.ndim != 4 or references.shape[1:] != edits.shape[2:]:
+        if edits.ndim != 5 or references.ndim != 4 or references.shape[1:] != edits.shape[2:] or edits.shape[2] != 3:
             raise ValueError(
                 "references and edits must be [R, 3, H, W] and [B, K, 3, H, W], "
                 f"got {list(references.shape)} and {list(edits.shape)}"
             )
+        for name, images in (("references", references), ("edits", edits)):
+            if not (images.dtype.is_floating_point or images.dtype == torch.uint8):
+                raise TypeError(f"{name} must be float in [0, 1] or uint8, got {images.dtype}")
+            if images.device != self.model.device:
+                raise ValueError(f"{name} must be on the model's device {self.model.device}, got {images.device}")
         b, k = edits.shape[:2]
         if len(owner) != b or not all(0 <= r < len(references) for r in owner):
             raise ValueError(
@@ -185,10 +243,3 @@ class ContentConsistency:
             raise ValueError(f"found_references must have {len(references)} entries, got {len(found_references)}")
         if background_changed is not None and background_changed.shape != (b, k):
             raise ValueError(f"background_changed must be [{b}, {k}], got {list(background_changed.shape)}")
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    """Antialiased bicubic to size × size; images already of that size pass unchanged."""
-    if images.shape[-2:] == (size, size):
-        return images.float()
-    return F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
