@@ -6,10 +6,9 @@ import torch
 from peft import LoraConfig
 from tiny import SIZE, tiny_editor, tiny_pipeline
 
-from mtedit_fast.editors import KontextEditor, group_rows
+from mtedit_fast.editors import KontextEditor
 from mtedit_fast.ops import seeded_noise
 from mtedit_fast.rollout import RolloutConfig, rollout
-from mtedit_fast.training.trainer import KONTEXT_LORA_TARGETS
 
 PROMPTS = ["Remove the red circle", "Change the background to sky"]
 
@@ -56,7 +55,7 @@ def test_schedule_is_the_pipelines():
 
 def test_lora_loads_in_the_stock_pipeline(tmp_path):
     editor = tiny_editor()
-    editor.transformer.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=KONTEXT_LORA_TARGETS))
+    editor.transformer.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=editor.lora_targets))
     for name, parameter in editor.transformer.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
@@ -73,15 +72,6 @@ def test_lora_loads_in_the_stock_pipeline(tmp_path):
         plain = tiny_editor().velocity(latents, timestep, reference, text, **options)
     assert torch.equal(tuned, loaded)
     assert (tuned - plain).abs().max() > 1e-3
-
-
-def test_group_rows_shares_memory_within_a_group():
-    rows = torch.arange(6.0).view(3, 2)
-    inside = group_rows(rows, 4, 8, group_size=4)
-    assert inside.stride(0) == 0
-    assert inside.data_ptr() == rows[1].data_ptr()
-    across = group_rows(rows, 2, 10, group_size=4)
-    assert torch.equal(across, rows.repeat_interleave(4, 0)[2:10])
 
 
 def test_bad_input_names_argument_and_remedy(tmp_path):

@@ -9,8 +9,8 @@ from tiny import SIZE, tiny_editor
 
 from mtedit_fast.ops import sde_step, seeded_noise
 from mtedit_fast.rollout import RolloutConfig, _denoise, replay, rollout, sample_seeds
+from mtedit_fast.sampling.multistep import dpm2m_coefficients, dpm2m_step
 from mtedit_fast.timing import PhaseTimer
-from mtedit_fast.training.trainer import KONTEXT_LORA_TARGETS
 
 PROMPTS = [["Remove the red circle", "Add a blue square", "Change the background to sky"], ["a b c", "d e", "f"]]
 CONFIG = RolloutConfig(group_size=4, num_steps=4, micro_batch=4, guidance_scale=2.5)
@@ -19,7 +19,7 @@ CONFIG = RolloutConfig(group_size=4, num_steps=4, micro_batch=4, guidance_scale=
 @pytest.fixture(scope="module")
 def editor():
     editor = tiny_editor()
-    editor.transformer.add_adapter(LoraConfig(r=4, target_modules=KONTEXT_LORA_TARGETS, init_lora_weights=False))
+    editor.transformer.add_adapter(LoraConfig(r=4, target_modules=editor.lora_targets, init_lora_weights=False))
     return editor
 
 
@@ -37,19 +37,19 @@ def test_replay_is_exact_in_the_rollouts_shape(editor, trajectories):
     for rows in trajectories.micro_batches():
         for turn in range(3):
             for position in range(3):
-                out = replay(editor, trajectories, rows, turn, range(position, position + 1))
+                out = replay(editor, trajectories, rows, turn, position)
                 assert torch.equal(out.log_prob.detach(), trajectories.log_probs[rows, turn, position])
                 assert torch.equal(out.mean.detach(), trajectories.means[rows, turn, position])
                 assert out.log_prob.requires_grad
 
 
 def test_several_steps_in_one_forward_agree_up_to_batch_noise(editor, trajectories):
-    rows = slice(4, 8)
-    out = replay(editor, trajectories, rows, 1, range(3), return_mean=False)
-    stored = trajectories.log_probs[rows, 1].T.flatten()
+    rows, positions = torch.arange(4, 8).repeat(3), torch.arange(3).repeat_interleave(4)
+    out = replay(editor, trajectories, rows, 1, positions, return_mean=False)
+    stored = trajectories.log_probs[rows, 1, positions]
     assert (out.log_prob.detach() - stored).abs().max() <= 1e-5
     assert out.mean.numel() == 0
-    dt, std = trajectories.step_constants(rows, range(3))
+    dt, std = trajectories.step_constants(positions)
     sigmas = trajectories.sigmas
     assert torch.equal(dt.view(3, 4)[:, 0], sigmas[1:4] - sigmas[:3])
     assert torch.equal(std.view(3, 4)[:, 2], trajectories.coefficients.table[:3, 3])
@@ -64,7 +64,7 @@ def test_log_probs_are_those_of_the_stored_states(editor, trajectories):
         velocity = editor.velocity(
             before.float(),
             trajectories.timesteps[step],
-            trajectories.references(rows, turn),
+            trajectories.references[rows, turn],
             trajectories.text_rows(rows, turn),
             height=SIZE,
             width=SIZE,
@@ -99,7 +99,7 @@ def test_window_stores_only_its_steps(editor, references):
     result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
     assert result.latents.shape == (8, 3, 2, 16, 64)
     assert result.log_probs.shape == (8, 3, 1)
-    out = replay(editor, result, slice(0, 4), 2, range(1))
+    out = replay(editor, result, slice(0, 4), 2, 0)
     assert torch.equal(out.log_prob.detach(), result.log_probs[:4, 2, 0])
     # outside the window the ODE: the state before the window is an Euler step from the seeded noise
     noise = seeded_noise(sample_seeds(0, 0, 8)[:4], (16, 64), 0)
@@ -107,7 +107,7 @@ def test_window_stores_only_its_steps(editor, references):
         velocity = editor.velocity(
             noise,
             result.timesteps[0],
-            result.references(slice(0, 4), 0),
+            result.references[:4, 0],
             result.text_rows(slice(0, 4), 0),
             height=SIZE,
             width=SIZE,
@@ -129,7 +129,7 @@ def test_ode_has_no_stored_steps_and_images_are_8_bit(editor, references):
 def test_latent_chain_hands_latents_on(editor, references):
     config = replace(CONFIG, latent_chain=True, window=(0, 4))
     result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
-    assert torch.equal(result.later_references[:, 0], result.latents[:, 0, -1])
+    assert torch.equal(result.references[:, 1], result.latents[:, 0, -1])
     plain = rollout(editor, references, PROMPTS, replace(config, latent_chain=False), sample_seeds(0, 0, 8))
     assert torch.equal(plain.latents[:, 0], result.latents[:, 0])
     assert not torch.equal(plain.latents[:, 1], result.latents[:, 1])
@@ -140,7 +140,7 @@ def test_bf16_state_replays_exactly(references):
     config = replace(CONFIG, state_dtype=torch.bfloat16)
     result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
     assert result.latents.dtype == torch.bfloat16
-    out = replay(editor, result, slice(4, 8), 1, range(2, 3))
+    out = replay(editor, result, slice(4, 8), 1, 2)
     assert torch.equal(out.log_prob, result.log_probs[4:, 1, 2])
 
 
@@ -198,7 +198,8 @@ def test_nan_is_flagged_per_step_and_raised_after_the_loop(references):
         ({"instructions": [["a"], ["a", "b"]]}, "instructions: expected equally many turns"),
         ({"seeds": sample_seeds(0, 0, 7)}, r"seeds: expected int64 \[8\]"),
         ({"seeds": torch.zeros(8)}, r"seeds: expected int64 \[8\]"),
-        ({"config": replace(CONFIG, window=(2, 5))}, "window: expected 0 <= start < stop <= num_steps"),
+        ({"config": replace(CONFIG, window=(2, 5))}, "window: expected 0 <= start < stop <= 4 of 4 sde steps"),
+        ({"config": replace(CONFIG, window=(2, 4), variant="cps", eta=0.5)}, "window: .* <= 3 of 4 cps steps"),
         ({"config": replace(CONFIG, eta=-0.1)}, "eta"),
         ({"config": replace(CONFIG, micro_batch=0)}, "group_size, micro_batch: expected >= 1"),
     ],
@@ -220,3 +221,49 @@ def test_step_loop_never_waits_for_the_device():
         _denoise(editor, trajectories, slice(0, 4), 1, seeds[:4])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dpm2m_rollout_is_the_solver_on_the_editors_velocity(editor, references):
+    config = replace(CONFIG, variant="dpm2m", num_steps=5)
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    assert result.latents.shape == (8, 3, 0, 16, 64)
+    latents, previous = seeded_noise(sample_seeds(0, 0, 8)[:4], (16, 64), 0), None
+    sigmas = result.sigmas.tolist()
+    for step, coefficients in enumerate(dpm2m_coefficients(sigmas)):
+        with torch.no_grad():
+            velocity = result.velocity(editor, latents, result.timesteps[step], slice(0, 4), 0)
+        estimate = latents - sigmas[step] * velocity
+        latents, previous = dpm2m_step(latents, velocity, previous, coefficients), estimate
+    assert torch.equal(result.clean[:4, 0], latents)
+    euler = rollout(editor, references, PROMPTS, replace(config, variant="ode"), sample_seeds(0, 0, 8))
+    assert not torch.equal(euler.clean, result.clean)
+
+
+def test_estimates_are_the_clean_images_the_states_point_to(editor, references):
+    config = replace(CONFIG, keep_estimates=True, window=(1, 3))
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    for position in range(3):
+        step = 1 + position
+        with torch.no_grad():
+            state = result.latents[:4, 1, position]
+            velocity = result.velocity(editor, state, result.timesteps[step], slice(0, 4), 1)
+        assert torch.equal(result.estimates[:4, 1, position], state - result.sigmas[step] * velocity)
+    to_the_end = replace(config, window=(2, 4))
+    result = rollout(editor, references, PROMPTS, to_the_end, sample_seeds(0, 0, 8))
+    assert torch.equal(result.estimates[:, :, -1], result.clean)
+
+
+def test_groups_are_handed_over_while_sampling_goes_on(editor, references):
+    seen = []
+
+    def finished(rows, images):
+        assert images.shape[1] == 3
+        seen.append((rows, images.clone()))
+
+    config = replace(CONFIG, micro_batch=3, variant="ode")  # 0-3, 3-6: group 0 is complete; 6-8: group 1
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8), on_finished=finished)
+    assert [rows for rows, _ in seen] == [slice(0, 4), slice(4, 8)]
+    assert all(torch.equal(images, result.images[rows]) for rows, images in seen)
+    seen.clear()
+    rollout(editor, references, PROMPTS, replace(config, micro_batch=8), sample_seeds(0, 0, 8), on_finished=finished)
+    assert [rows for rows, _ in seen] == [slice(0, 8)]

@@ -1,6 +1,13 @@
 """Editor adapters, one file per model family."""
 
-from mtedit_fast.editors.base import Editor, Schedule, TextConditioning, group_rows
-from mtedit_fast.editors.kontext import KontextEditor
+from typing import Any
 
-__all__ = ["Editor", "KontextEditor", "Schedule", "TextConditioning", "group_rows"]
+from mtedit_fast.editors.base import Editor, Schedule, TextConditioning
+from mtedit_fast.editors.klein import KleinEditor
+from mtedit_fast.editors.kontext import KontextEditor
+from mtedit_fast.editors.qwen import QwenEditor
+
+EDITORS: dict[str, Any] = {"kontext": KontextEditor, "qwen_image_edit": QwenEditor, "flux2_klein": KleinEditor}
+"""Adapter class by family name, as in the configuration's model.family."""
+
+__all__ = ["EDITORS", "Editor", "KleinEditor", "KontextEditor", "QwenEditor", "Schedule", "TextConditioning"]

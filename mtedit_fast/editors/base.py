@@ -25,6 +25,8 @@ class Editor(Protocol):
     """
 
     transformer: nn.Module
+    lora_targets: str
+    """Regular expression of the modules that a LoRA adapts by default."""
 
     @property
     def device(self) -> torch.device: ...
@@ -62,15 +64,3 @@ class Editor(Protocol):
 
     def save_lora(self, directory: str) -> None:
         """The adapter as safetensors that the stock pipeline's `load_lora_weights` takes."""
-
-
-def group_rows(tensor: Tensor, start: int, stop: int, group_size: int) -> Tensor:
-    """Rows `start:stop` of `tensor` [P, ...] repeated `group_size` times each, without making the repeats.
-
-    Inside one group the result is a stride-0 view; across groups only the rows asked for are copied.
-    """
-    first, last = start // group_size, (stop - 1) // group_size
-    if first == last:
-        return tensor[first : first + 1].expand(stop - start, *tensor.shape[1:])
-    index = torch.arange(start, stop, device=tensor.device) // group_size
-    return tensor.index_select(0, index)
