@@ -53,7 +53,7 @@ def test_killed_at_any_point_and_resumed_is_bit_identical(tmp_path):
     assert 0 < resumed.iteration < 4
     list(resumed.fit())
     assert equal(adapter(whole), adapter(resumed))
-    assert all(torch.equal(a, b) for a, b in zip(whole.average, resumed.average, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.adapters.averages, resumed.adapters.averages, strict=True))
     for name in ("exp_avg", "exp_avg_sq", "step"):
         states = [trainer.optimizer.state_dict()["state"] for trainer in (whole, resumed)]
         assert all(torch.equal(states[0][index][name], states[1][index][name]) for index in states[0])
@@ -77,7 +77,7 @@ def test_linear_schedule_falls_to_zero_and_survives_a_resume(tmp_path):
 
 
 def test_several_steps_per_forward_report_the_drift(tmp_path):
-    trainer = tiny_trainer(tmp_path, "optimizer.steps_per_forward=2", "run.iterations=1")
+    trainer = tiny_trainer(tmp_path, "optimizer.forward_rows=8", "run.iterations=1")
     (metrics,) = trainer.fit()
     assert metrics["ratio/max_error_first_update"] == 0.0  # old log-probs come from the same path
     assert 0 < metrics["log_prob/max_drift_first_update"] < 1e-5  # against those stored at rollout
@@ -93,12 +93,12 @@ def test_gradient_is_the_policy_gradient_of_the_whole_batch(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    trajectories = trainer.rollout(trainer.chains.batch(0, 2), 0)
+    trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
     advantage = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
     keep = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
     collected = []
     trainer.optimizer.step = lambda: collected.extend(p.grad.clone() for p in trainer.update.parameters)
-    trainer.update(trajectories, AdvantageResult(advantage, keep, {}))
+    trainer.update(trainer.learning_batch(trajectories, AdvantageResult(advantage, keep, {})))
 
     total = torch.zeros(())
     for turn in range(2):
@@ -111,7 +111,7 @@ def test_gradient_is_the_policy_gradient_of_the_whole_batch(tmp_path):
             velocity = trainer.editor.velocity(
                 x,
                 trajectories.timesteps[step],
-                trajectories.references(slice(0, 8), turn),
+                trajectories.references[:, turn],
                 trajectories.text_rows(slice(0, 8), turn),
                 height=64,
                 width=64,
@@ -139,15 +139,15 @@ def test_kl_pulls_back_and_guard_runs(tmp_path):
     history = list(trainer.fit())
     assert [line["ratio/max_error_first_update"] for line in history] == [0.0, 0.0]
     # with advantages zero only the KL acts, and it is zero at the reference
-    trajectories = trainer.rollout(trainer.chains.batch(0, 2), 0)
+    trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
     zero = AdvantageResult(torch.zeros(8, 2), torch.ones(8, dtype=torch.bool), {})
     collected = []
     trainer.optimizer.step = lambda: collected.append(sum(p.grad.abs().sum() for p in trainer.update.parameters))
-    trainer.update(trajectories, zero)
+    trainer.update(trainer.learning_batch(trajectories, zero))
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    trainer.update(trainer.rollout(trainer.chains.batch(0, 2), 0), zero)
+    trainer.update(trainer.learning_batch(trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0], zero))
     assert collected[0] > 0
     assert collected[1] == 0
 
@@ -171,12 +171,13 @@ def test_evaluation_is_paired_and_reference_is_the_adapter_off(tmp_path):
 
 def test_filtered_out_batches_cost_nothing_and_change_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    trajectories = trainer.rollout(trainer.chains.batch(0, 2), 0)
+    trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
     before = adapter(trainer)
     calls = []
     trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    stats = trainer.update(trajectories, AdvantageResult(torch.zeros(8, 2), torch.zeros(8, dtype=torch.bool), {}))
-    assert stats.metrics() == {"update/skipped": 1.0}
+    nothing = AdvantageResult(torch.zeros(8, 2), torch.zeros(8, dtype=torch.bool), {})
+    stats = trainer.update(trainer.learning_batch(trajectories, nothing))
+    assert stats.metrics() == {"update/skipped": 0.0, "update/steps": 0.0}
     assert not calls
     assert equal(before, adapter(trainer))
 
@@ -215,7 +216,7 @@ def test_lora_export_loads_in_the_stock_pipeline(tmp_path):
     with torch.no_grad():
         exported = stock.velocity(*arguments, **options)
         assert not torch.equal(exported, trainer.editor.velocity(*arguments, **options))
-        with trainer.averaged():
+        with trainer.adapters.averaged():
             assert torch.equal(exported, trainer.editor.velocity(*arguments, **options))
 
 
@@ -226,9 +227,9 @@ def test_average_is_the_exponential_mean_of_the_iterates(tmp_path):
         decay = min(0.3, (1 + metrics["iteration"]) / (10 + metrics["iteration"]))
         iterates = [p.detach().double() for p in trainer.update.parameters]
         expected = [decay * mean + (1 - decay) * p for mean, p in zip(expected, iterates, strict=True)]
-    for mean, want in zip(trainer.average, expected, strict=True):
+    for mean, want in zip(trainer.adapters.averages, expected, strict=True):
         assert (mean - want).abs().max() <= 1e-6 * want.abs().max() + 1e-9
-    assert any(not torch.equal(a, p) for a, p in zip(trainer.average, trainer.update.parameters, strict=True))
+    assert any(not torch.equal(a, p) for a, p in zip(trainer.adapters.averages, trainer.update.parameters, strict=True))
     plain = tiny_trainer(tmp_path / "plain", "optimizer.ema_decay=0", "run.iterations=2")
     list(plain.fit())
-    assert all(torch.equal(a, p) for a, p in zip(plain.average, plain.update.parameters, strict=True))
+    assert all(torch.equal(a, p) for a, p in zip(plain.adapters.averages, plain.update.parameters, strict=True))

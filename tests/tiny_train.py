@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tiny import SIZE, tiny_editor
 
-from mtedit_fast.training.config import TrainConfig, load_config
+from mtedit_fast.training.config import TrainConfig
+from mtedit_fast.training.config_file import load_config
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.playground.data import write_dataset
 from mtedit_fast.training.rewards import RewardBatch

@@ -39,7 +39,7 @@ def save_checkpoint(
     # Own storage for each: safetensors refuses tensors that share memory.
     flat = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in flat.items()}
     content = json.dumps({"fingerprint": fingerprint, "state": tree})
-    payload = save(flat, metadata={"content": content, "sha256": _digest(flat, content)})
+    payload = save(flat, metadata={"content": content, "sha256": digest(flat, content)})
     path = directory / f"step-{step:08d}.safetensors"
     temporary = directory / f".{path.name}.tmp"
     try:
@@ -109,17 +109,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: cut short or damaged ({error})") from error
     if "content" not in metadata or "sha256" not in metadata:
         raise ValueError(f"{path}: not a training checkpoint (no content or sha256 in its header)")
-    if _digest(flat, metadata["content"]) != metadata["sha256"]:
+    if digest(flat, metadata["content"]) != metadata["sha256"]:
         raise ValueError(f"{path}: damaged (its SHA-256 differs from the one recorded)")
     return json.loads(metadata["content"]), flat
 
 
-def _digest(flat: dict[str, Tensor], content: str) -> str:
-    digest = hashlib.sha256(content.encode())
-    for name in sorted(flat):
-        digest.update(f"{name} {flat[name].dtype} {list(flat[name].shape)}".encode())
-        digest.update(flat[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def digest(tensors: dict[str, Tensor], content: str = "") -> str:
+    """SHA-256 of CPU tensors (names, dtypes, shapes, bits) and a text."""
+    total = hashlib.sha256(content.encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _flatten(value: Any, flat: dict[str, Tensor], name: str) -> Any:

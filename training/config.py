@@ -1,14 +1,8 @@
-"""The training configuration: YAML plus `key=value` overrides -> `TrainConfig`, and back with its documentation."""
+"""The sections of the training configuration; `training.config_file` reads and writes them as YAML."""
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtedit_fast.training.advantages import AdvantageConfig
 
@@ -36,12 +30,18 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["kontext"] = Field(default="kontext", description="editor family")
+    family: Literal["kontext", "qwen_image_edit", "flux2_klein"] = Field(default="kontext", description="editor family")
     path: str | None = Field(default=None, description="pipeline folder or hub id; null: the tiny playground weights")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the frozen weights and the transformer's input"
     )
     lora: LoRAConfig = LoRAConfig()
+    compile: bool = Field(
+        default=False, description="compile each repeated block of the transformer, once (minutes, then faster)"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute the blocks' activations in the backward: less memory, a third slower"
+    )
 
 
 class DataConfig(Section):
@@ -73,13 +73,13 @@ class WindowConfig(Section):
 
 class RolloutConfig(Section):
     groups_per_iteration: int = Field(
-        default=4, ge=1, description="(reference image, instructions) chains per iteration"
+        default=4, ge=1, description="(reference image, instructions) chains per iteration, over all processes"
     )
     group_size: int = Field(default=8, ge=2, description="trajectories per chain")
     turns: int = Field(default=3, ge=1, description="edits per trajectory (K)")
     num_steps: int = Field(default=6, ge=2, description="denoising steps per edit (T)")
-    variant: Literal["sde", "cps", "dance", "ddim", "wan"] = Field(
-        default="sde", description="sampler of the stochastic steps"
+    variant: Literal["sde", "cps", "dance", "ddim", "wan", "ode", "dpm2m"] = Field(
+        default="sde", description="sampler; ode (Euler) and dpm2m (DPM-Solver++ 2M) are deterministic, for nft and crd"
     )
     eta: float = Field(default=0.7, gt=0, description="noise level")
     window: WindowConfig | None = Field(default=None, description="stochastic steps; null: all but the last")
@@ -103,24 +103,55 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    name: str = Field(min_length=1, description="under which it is logged")
+    name: str = Field(min_length=1, pattern="^[^/]+$", description="under which it is logged")
     path: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function of a RewardBatch -> [B, K]")
-    weight: float = Field(default=1.0, description="in the fusion")
+    weight: float = Field(default=1.0, description="in the fusion; 0: only logged")
+    range: list[float] | None = Field(
+        default=None, min_length=2, max_length=2, description="[lo, hi] of its scores, brought to [0, 1]; null: as is"
+    )
+    binarize: float | None = Field(
+        default=None, description="1 where the score is at least this, else 0; null: the score itself"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"range: expected [lo, hi] with lo < hi, got {self.range}")
+        if self.range is not None and self.binarize is not None and not self.range[0] < self.binarize <= self.range[1]:
+            raise ValueError(f"binarize: expected a score within range {self.range}, got {self.binarize}")
+        return self
 
 
 class ObjectiveConfig(Section):
-    name: Literal["grpo", "grpo_guard"] = Field(default="grpo", description="policy objective")
-    clip_range: float = Field(default=1e-4, gt=0, description="of the ratio around 1")
+    name: Literal["grpo", "grpo_guard", "nft", "crd"] = Field(
+        default="grpo", description="policy gradients on sampled steps, or likelihood-free on clean images"
+    )
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clamped to ± this")
     kl_weight: float = Field(
-        default=0.0, ge=0, description="of the KL to the model without its adapter; 0: not computed"
+        default=0.0, ge=0, description="of the distance to the model without its adapter; 0: not computed"
     )
+    clip_range: float = Field(default=1e-4, gt=0, description="grpo: of the ratio around 1")
     kl_form: Literal["flow_grpo", "exact"] = Field(
-        default="flow_grpo", description="without the step size, or the Gaussian's"
+        default="flow_grpo", description="grpo: without the step size, or the Gaussian's"
     )
     guard_mean: Literal["sample", "batch_mean"] = Field(
-        default="sample", description="of grpo_guard's correction, per sample or as in its public code"
+        default="sample", description="grpo_guard: its correction per sample or as in its public code"
     )
+    beta: float = Field(default=1.0, gt=0, description="nft, crd: how far from the old policy a sample pushes")
+    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = Field(
+        default="all", description="nft, crd: which advantages count"
+    )
+    draws: int = Field(default=2, ge=1, description="nft, crd: noise levels per trajectory and turn")
+    times: Literal["schedule", "uniform"] = Field(
+        default="schedule", description="nft, crd: noise levels from the sampler's schedule, or spread over [0, 1]"
+    )
+    old_decay: Literal["on_policy", "ramp", "delayed", "crd"] = Field(
+        default="on_policy", description="nft, crd: how slowly the sampling policy follows the trained one"
+    )
+
+    @property
+    def likelihood_free(self) -> bool:
+        return self.name in ("nft", "crd")
 
 
 class OptimizerConfig(Section):
@@ -135,8 +166,16 @@ class OptimizerConfig(Section):
     ema_decay: float = Field(
         default=0.9, ge=0, lt=1, description="of the adapter's moving average, which is evaluated and exported; 0: none"
     )
-    steps_per_forward: int = Field(
-        default=1, ge=1, description="1: exact replay in the rollout's batch shape; more: faster"
+    forward_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples per forward with gradient; null: grpo replays exactly, in the rollout's batch shape",
+    )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="activation memory of such a forward, from which forward_rows is then measured"
+    )
+    max_skipped: int = Field(
+        default=5, ge=1, description="optimizer steps in a row that may be skipped because the gradient is not finite"
     )
 
 
@@ -161,6 +200,12 @@ class RunConfig(Section):
     output_dir: str = Field(default="runs/train", min_length=1)
     checkpoint_every: int = Field(default=10, ge=1, description="iterations")
     keep_checkpoints: int = Field(default=2, ge=1)
+    sharding: Literal["none", "fsdp2"] = Field(
+        default="none", description="of the frozen weights over the processes of torchrun or accelerate launch"
+    )
+    timeout: float = Field(
+        default=1800.0, gt=0, description="seconds to wait for another process's rollout before it counts as lost"
+    )
     control: Literal["none", "shuffle"] = Field(
         default="none", description="shuffle permutes advantages within the batch"
     )
@@ -178,147 +223,35 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
+    @property
+    def exact_replay(self) -> bool:
+        """Whether the update repeats the rollout's forwards in their own shape."""
+        optimizer = self.optimizer
+        return not self.objective.likelihood_free and optimizer.forward_rows is None and optimizer.memory_gib is None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [reward.name for reward in self.rewards]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"rewards: expected distinct names, got {', '.join(sorted(repeated))} more than once")
-        stochastic = self.rollout.window.size if self.rollout.window else self.rollout.num_steps - 1
-        if self.optimizer.steps_per_forward > stochastic:
+        deterministic = self.rollout.variant in ("ode", "dpm2m")
+        if deterministic and not self.objective.likelihood_free:
             raise ValueError(
-                f"optimizer.steps_per_forward: expected at most the {stochastic} stochastic steps of a rollout, "
-                f"got {self.optimizer.steps_per_forward}"
+                f"rollout.variant: objective {self.objective.name} needs a stochastic sampler such as 'sde', "
+                f"got {self.rollout.variant!r}; or set objective.name to nft or crd"
             )
-        return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (PyYAML reads 1e-4 as a string), and repeated keys are errors."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.YAMLError(
-                    f"key {key!r} given twice, again in line {node.value[index][0].start_mark.line + 1}"
+        if self.advantage.credit == "dense_ode" and self.objective.likelihood_free:
+            raise ValueError(
+                f"advantage.credit: dense_ode has one advantage per sampling step, which objective "
+                f"{self.objective.name} does not use; expected another credit, or objective.name grpo"
+            )
+        if self.objective.likelihood_free and self.objective.times == "schedule":
+            steps = self.rollout.num_steps
+            if self.objective.draws > steps:
+                raise ValueError(
+                    f"objective.draws: expected at most the {steps} noise levels of rollout.num_steps, got "
+                    f"{self.objective.draws}; or set objective.times to uniform"
                 )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a configuration from a YAML file or a mapping, then apply overrides such as `rollout.eta=0.9`.
-
-    An override's key is dotted, with an index for a list (`rewards.1.weight=0.5`); its value is YAML. ValueError names
-    every wrong key, with the nearest valid one, and every wrong value, with what was expected.
-    """
-    name = "config"
-    if isinstance(source, Mapping):
-        data: Any = yaml.load(yaml.safe_dump(dict(source)), _Loader)  # a deep copy of plain values
-    else:
-        name = str(source)
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"config: no file {name}; expected a YAML file, such as training/configs/demo.yaml")
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{name}: expected sections such as 'rollout:', got {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
-    try:
-        return TrainConfig.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("\n".join([f"{name}:", *(f"  {_explain(dict(e))}" for e in error.errors())])) from None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"override {override!r}: expected key=value, such as rollout.eta=0.9")
-    *parents, last = key.split(".")
-    node: Any = data
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise ValueError(f"override {override!r}: {part} is a value, not a section")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    node[_index(node, last, override) if isinstance(node, list) else last] = value
-
-
-def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(items):
-        raise ValueError(f"override {override!r}: expected an index below {len(items)}, got {part!r}")
-    return int(part)
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models inside an annotation such as `list[RewardConfig]` or `WindowConfig | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (list, Annotated, Union, UnionType):
-        for argument in get_args(annotation):
-            yield from _models(argument)
-
-
-def _explain(error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        model: type[BaseModel] = TrainConfig
-        for part in error["loc"][:-1]:
-            if isinstance(part, str) and part in model.model_fields:
-                model = next(_models(model.model_fields[part].annotation), model)
-        key = str(error["loc"][-1])
-        near = difflib.get_close_matches(key, model.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(model.model_fields)}"
-        return f"{location}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{location}: required, but missing"
-    if not location or isinstance(error["input"], dict | BaseModel):
-        return f"{location}.{message}" if location else message
-    return f"{location}: {message}, got {error['input']!r}"
-
-
-def dump_config(config: TrainConfig, *, comments: bool = False) -> str:
-    """YAML that `load_config` reads back to an equal configuration; with `comments`, every key with its meaning."""
-    if comments:
-        return "\n".join(_documented(config, "")).lstrip("\n") + "\n"
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def _documented(section: BaseModel, pad: str) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        choices = ", ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
-        meaning = ": ".join(filter(None, (field.description, choices)))
-        comment = f"  # {meaning}" if meaning else ""
-        if isinstance(value, BaseModel):
-            if not pad:
-                yield ""
-            yield f"{pad}{name}:{comment}"
-            yield from _documented(value, pad + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
-            yield ""
-            yield f"{pad}{name}:{comment}"
-            for item in value:
-                first, *rest = _documented(item, pad + "    ")
-                yield f"{pad}  - {first.lstrip()}"
-                yield from rest
-        else:
-            flow = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-            yield f"{pad}{name}: {flow}{comment}"
+        if self.optimizer.forward_rows is not None and self.optimizer.memory_gib is not None:
+            raise ValueError("optimizer: expected forward_rows or memory_gib, which decides on it, got both")
+        return self

@@ -21,6 +21,10 @@ class Record:
     objects: list[list[str]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def fields(self) -> dict[str, Any]:
+        """What a reward may read beside images and instructions."""
+        return {"id": self.id, "objects": self.objects, **self.extra}
+
 
 def load_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     """Read an image as fp32 [3, H, W] in [0, 1]: centre-cropped to the aspect of `size` = (H, W), Lanczos-resized.
@@ -114,8 +118,16 @@ class EditChains:
         """The order of one epoch: a permutation that depends on (seed, epoch) alone."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
 
-    def batch(self, iteration: int, n: int) -> list[Record]:
-        """Chains n·iteration … n·(iteration + 1) − 1 of the endless order: nothing to save for an exact resume."""
+    def draw(self, iteration: int, n: int) -> list[int]:
+        """Indices n·iteration … n·(iteration + 1) − 1 of the endless order: nothing to save for an exact resume."""
         positions = range(n * iteration, n * (iteration + 1))
         orders = {epoch: self.order(epoch) for epoch in {position // len(self) for position in positions}}
-        return [self[orders[position // len(self)][position % len(self)]] for position in positions]
+        return [orders[position // len(self)][position % len(self)] for position in positions]
+
+    def batch(self, iteration: int, n: int) -> list[Record]:
+        """The chains of `draw`."""
+        return [self[index] for index in self.draw(iteration, n)]
+
+    def id(self, index: int) -> str:
+        """A chain's name, without reading its image."""
+        return self._lines[index][1]["id"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtedit_fast.editors import Editor
 from mtedit_fast.rollout import RolloutConfig, rollout, sample_seeds
+from mtedit_fast.training import distributed
 from mtedit_fast.training.config import EvaluationConfig, RewardConfig
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.rewards import RewardBatch, score
@@ -64,44 +65,52 @@ def evaluate(
         ValueError: the success function returns something other than [N, K].
     """
     count = min(config.chains, len(chains))
-    records = [chains[index] for index in range(count)]
+    # Each process edits its share; all have equally long ones, so that none waits for another's forwards.
+    rank, world = distributed.process()
+    mine = distributed.share(-(-count // world) * world, rank, world)
+    records = [chains[min(index, count - 1)] for index in mine]
     settings = replace(
         sampler, variant="ode", window=None, group_size=1, num_steps=config.num_steps or sampler.num_steps
     )
-    seeds = sample_seeds(config.seed, 0, count)
-    references = torch.stack([record.image for record in records])
-    instructions = [record.instructions for record in records]
-    parts: list[Tensor] = []
-    success, scores = [], []
+    seeds = sample_seeds(config.seed, 0, mine.stop)[mine.start :]
+    parts: list[dict[str, Tensor]] = []
     size = 8 * settings.micro_batch  # bounds the trajectories held at once
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
-        part = rollout(
+    for start in range(0, len(records), size):
+        part = records[start : start + size]
+        references = torch.stack([record.image for record in part])
+        instructions = [record.instructions for record in part]
+        edits = rollout(
             editor,
-            references[rows].to(editor.device),
-            instructions[rows],
+            references.to(editor.device),
+            instructions,
             settings,
-            seeds[rows],
+            seeds[start : start + size],
             progress=progress,
         )
-        part.raise_if_not_finite()
+        edits.raise_if_not_finite()
         batch = RewardBatch(
-            references=references[rows].to(editor.device),
-            edits=part.images,
-            instructions=instructions[rows],
-            records=[{"id": record.id, "objects": record.objects, **record.extra} for record in records[rows]],
+            references=references.to(editor.device),
+            edits=edits.images,
+            instructions=instructions,
+            records=[record.fields() for record in part],
         )
-        scores.append({name: value.cpu() for name, value in score(rewards, batch).items()})
+        values = {f"rewards/{name}": value.cpu() for name, value in score(rewards, batch).items()}
         if config.success:
             judge = [RewardConfig(name="evaluation.success", path=config.success)]
-            success.append(score(judge, batch)["evaluation.success"].cpu() > 0.5)
-        parts.append((part.images * 255).round().byte().cpu())
-    types = [record.extra.get("types") for record in records]
+            values["success"] = score(judge, batch)["evaluation.success"].cpu() > 0.5
+        values["images"] = (edits.images * 255).round().byte().cpu()
+        values["references"] = (references * 255).round().byte()
+        parts.append(values)
+    whole = distributed.gather_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    whole = {name: value[:count] for name, value in whole.items()}
+    texts = distributed.gather_objects([(record.instructions, record.extra.get("types")) for record in records])
+    everything = [pair for part in texts for pair in part][:count]
+    types = [kinds for _, kinds in everything]
     return Evaluation(
-        references=(references * 255).round().byte(),
-        images=torch.cat(parts),
-        instructions=instructions,
-        success=torch.cat(success) if success else None,
-        rewards={name: torch.cat([part[name] for part in scores]) for name in scores[0]},
+        references=whole["references"],
+        images=whole["images"],
+        instructions=[instructions for instructions, _ in everything],
+        success=whole.get("success"),
+        rewards={name.partition("/")[2]: value for name, value in whole.items() if name.startswith("rewards/")},
         edit_types=[list(kinds) for kinds in types if kinds] if all(types) else None,
     )

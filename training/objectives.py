@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Objective(NamedTuple):
-    """A loss and what to log about it."""
+    """The loss of every row and what to log about it."""
 
-    loss: Tensor  # [] fp32, mean over the rows
+    loss: Tensor  # [n] fp32
     ratio: Tensor  # [n] fp32, detached
     clipped: Tensor  # [n] bool, where the clipped branch was taken
 
@@ -23,7 +23,7 @@ class Objective(NamedTuple):
 def grpo(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, clip_range: float, advantage_clip: float = 5.0
 ) -> Objective:
-    """Clipped surrogate, L = mean max(−Aρ, −A·clip(ρ, 1±ε)), ρ = exp(logp − logp_old).
+    """Clipped surrogate, L = max(−Aρ, −A·clip(ρ, 1±ε)), ρ = exp(logp − logp_old).
 
     A is clamped to ±`advantage_clip` first.
 
@@ -49,10 +49,10 @@ def grpo_guard(
     advantage_clip: float = 5.0,
     mean_over: str = "sample",
 ) -> Objective:
-    """GRPO-Guard: with d = √(−dt) and s̄ the mean std over the batch,
-    ρ = exp((logp − logp_old + mean((μ−μ_old)²)/(2(d·s̄)²))·d·s̄) and the loss is divided by d².
+    """GRPO-Guard: with d = √(−dt), ρ = exp((logp − logp_old + mean((μ−μ_old)²)/(2(d·s)²))·d·s), the loss over d².
 
-    The added term removes the ratio's negative bias; d·s̄ evens out its spread over noise levels.
+    The added term removes the ratio's negative bias; d·s evens out its spread over noise levels. s is each row's own
+    std; where all rows are at one step, as in the public code, it is that code's mean over the batch.
 
     Args:
         log_prob, old_log_prob, advantage: [n] fp32.
@@ -69,13 +69,13 @@ def grpo_guard(
         shift = shift.mean().expand_as(shift)
     elif mean_over != "sample":
         raise ValueError(f'mean_over: expected "sample" or "batch_mean", got {mean_over!r}')
-    scale = (-dt).sqrt() * std.mean()
+    scale = (-dt).sqrt() * std
     ratio = torch.exp((log_prob - old_log_prob + shift / (2 * scale.square())) * scale)
     return _clipped(ratio, advantage, clip_range, advantage_clip, weight=1 / -dt)
 
 
 def kl_to_reference(mean: Tensor, mean_ref: Tensor, *, std: Tensor, dt: Tensor, form: str = "exact") -> Tensor:
-    """KL of two Gaussian steps with the same variance, mean over elements and rows.
+    """KL of two Gaussian steps with the same variance, [n] fp32, mean over elements.
 
     Args:
         mean, mean_ref: [n, ...]; `mean_ref` without gradient.
@@ -88,7 +88,7 @@ def kl_to_reference(mean: Tensor, mean_ref: Tensor, *, std: Tensor, dt: Tensor, 
     if form not in ("exact", "flow_grpo"):
         raise ValueError(f'form: expected "exact" or "flow_grpo", got {form!r}')
     variance = std.square() * (-dt if form == "exact" else 1.0)
-    return ((mean - mean_ref).float().square().flatten(1).mean(1) / (2 * variance)).mean()
+    return (mean - mean_ref).float().square().flatten(1).mean(1) / (2 * variance)
 
 
 def _clipped(
@@ -97,5 +97,5 @@ def _clipped(
     advantage = advantage.clamp(-advantage_clip, advantage_clip)
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = (torch.maximum(plain, clipped) * weight).mean()
+    loss = torch.maximum(plain, clipped) * weight
     return Objective(loss, ratio.detach(), (clipped > plain).detach())

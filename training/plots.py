@@ -2,31 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Theme:
-    text: str
-    grid: str
-    before: str
-    after: str
-    cycle: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#1f2730", "#d9dee4", "#9aa7b5", "#1f6fd6", ("#1f6fd6", "#d9822b", "#2e9e5b", "#8a4fd0", "#c43d6b", "#7a828c")
-)
-DARK = Theme(
-    "#dfe5ec", "#39424d", "#77838f", "#5aa2ff", ("#5aa2ff", "#f0a254", "#58c787", "#b48cf0", "#ee7ba2", "#a4adb8")
-)
+from mtedit_fast.figures import FAINT, INK, Theme, add_legend, mark, new_axes, paste, set_title, wrap_text
 
 Interval = tuple[float, float]
 
@@ -43,32 +25,10 @@ class Bars:
     after_intervals: list[Interval]
 
 
-def _axes(theme: Theme, width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), dpi=144, layout="constrained")  # Figure itself draws with Agg
-    figure.patch.set_alpha(0)
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
-        axis.patch.set_alpha(0)
-        axis.set_prop_cycle(color=theme.cycle)
-        axis.tick_params(colors=theme.text, labelsize=9, length=0)
-        axis.grid(color=theme.grid, linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _title(axis: Axes, theme: Theme, title: str) -> None:
-    axis.set_title(title, color=theme.text, fontsize=10, loc="left", fontweight="bold", pad=13)
-
-
-def _legend(axis: Axes, theme: Theme, **options: Any) -> None:
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=theme.text, **options)
-
-
 def success_bars(theme: Theme, panels: Sequence[Bars]) -> Figure:
     """Bar pairs in percent with error bars, a panel for each of `panels`."""
     widest = max(len(panel.labels) for panel in panels)
-    figure, axes = _axes(theme, max(8.0, 1.15 * widest * len(panels)), 3.1, len(panels))
+    figure, axes = new_axes(theme, max(8.0, 1.15 * widest * len(panels)), 3.1, len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         x = np.arange(len(panel.labels))
         for offset, rates, intervals, colour, label in (
@@ -85,14 +45,14 @@ def success_bars(theme: Theme, panels: Sequence[Bars]) -> Figure:
         axis.set_ylim(0, 122)  # room for the legend
         axis.set_yticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
         axis.grid(visible=False, axis="x")
-        _title(axis, theme, panel.title)
-    _legend(axes[0], theme, loc="upper right", ncols=2)
+        set_title(axis, theme, panel.title)
+    add_legend(axes[0], theme, loc="upper right", ncols=2)
     return figure
 
 
 def curves(theme: Theme, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
     """Lines {panel title: {label: (iterations, values)}}; a running mean over the raw values where there are many."""
-    figure, axes = _axes(theme, 4.4 * max(len(panels), 2), 2.9, len(panels))
+    figure, axes = new_axes(theme, 4.4 * max(len(panels), 2), 2.9, len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for colour, (label, (x, y)) in zip(theme.cycle * len(lines), lines.items(), strict=False):
             smooth = len(y) >= 10
@@ -103,8 +63,8 @@ def curves(theme: Theme, panels: Mapping[str, Mapping[str, tuple[Sequence[float]
         axis.set_xlabel("iteration", color=theme.text, fontsize=9)
         axis.yaxis.get_offset_text().set_color(theme.text)
         axis.margins(y=0.15)
-        _title(axis, theme, title)
-        _legend(axis, theme)
+        set_title(axis, theme, title)
+        add_legend(axis, theme)
     return figure
 
 
@@ -118,19 +78,16 @@ def running_mean(values: Sequence[float], width: int) -> np.ndarray:
 
 def stacked_seconds(theme: Theme, iterations: Sequence[float], phases: Mapping[str, Sequence[float]]) -> Figure:
     """Seconds of each iteration, a stacked bar split by phase."""
-    figure, (axis,) = _axes(theme, 8.8, 2.9)
+    figure, (axis,) = new_axes(theme, 8.8, 2.9)
     bottom = np.zeros(len(iterations))
     for colour, (name, seconds) in zip(theme.cycle * len(phases), phases.items(), strict=False):
         axis.bar(iterations, seconds, 0.85, bottom=bottom, color=colour, label=name)
         bottom += np.asarray(seconds)
     axis.set_xlabel("iteration", color=theme.text, fontsize=9)
     axis.grid(visible=False, axis="x")
-    _title(axis, theme, "Seconds per iteration")
-    _legend(axis, theme, loc="upper left", bbox_to_anchor=(1, 1))
+    set_title(axis, theme, "Seconds per iteration")
+    add_legend(axis, theme, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-GOOD, BAD, INK, FAINT = "#1d8a4e", "#cf3b3b", "#1f2730", "#5d6874"
 
 
 def edit_grid(
@@ -165,7 +122,7 @@ def edit_grid(
     for chain in range(n):
         top = chain * row + gap
         upper = top + head
-        _paste(canvas, references[chain], (gap, upper + (cell + gap) // 2), cell)
+        paste(canvas, references[chain], (gap, upper + (cell + gap) // 2), cell)
         draw.text((gap, upper + (cell + gap) // 2 - 18), "reference", fill=FAINT, font=font)
         for y, name, edits, success in (
             (upper, "before", edits_before, success_before),
@@ -174,49 +131,11 @@ def edit_grid(
             draw.text((gap + cell + label - 12, y + cell // 2), name, fill=FAINT, font=font, anchor="rm")
             for turn in range(turns):
                 x = gap + cell + label + turn * (cell + gap)
-                _paste(canvas, edits[chain, turn], (x, y), cell)
+                paste(canvas, edits[chain, turn], (x, y), cell)
                 if success is not None:
-                    _mark(draw, x, y, cell, bool(success[chain, turn]))
+                    mark(draw, x, y, cell, bool(success[chain, turn]))
         for turn in range(turns):
             x = gap + cell + label + turn * (cell + gap)
-            text = _wrap(instructions[chain][turn], font, cell, lines=3)
+            text = wrap_text(instructions[chain][turn], font, cell, lines=3)
             draw.multiline_text((x, upper - 7), text, fill=INK, font=font, anchor="ld", spacing=2)
     return canvas
-
-
-def _paste(canvas: Image.Image, image: Tensor, corner: tuple[int, int], cell: int) -> None:
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-    canvas.paste(picture, (corner[0] + (cell - size[0]) // 2, corner[1] + (cell - size[1]) // 2))
-
-
-def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, cell: int, success: bool) -> None:
-    colour = GOOD if success else BAD
-    draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=colour, width=3)
-    left, top = x + cell - 7, y + cell - 7  # a badge on the frame's corner, not over the image
-    draw.rectangle((left, top, left + 17, top + 17), fill=colour)
-    strokes = [(4, 9), (7, 13), (14, 4)] if success else [(4, 4), (13, 13), (9, 9), (13, 4), (4, 13)]
-    points = [(left + a, top + b) for a, b in strokes]
-    for start, end in pairwise(points):
-        draw.line((*start, *end), fill="white", width=2)
-
-
-def _wrap(text: str, font: Any, width: int, lines: int) -> str:
-    """Break at spaces to fit `width` pixels; what exceeds `lines` ends in an ellipsis."""
-    rows = [""]
-    for word in text.split():
-        longer = f"{rows[-1]} {word}".strip()
-        if rows[-1] and font.getlength(longer) > width:
-            rows.append(word)
-        else:
-            rows[-1] = longer
-    if len(rows) > lines:
-        rows = [*rows[: lines - 1], f"{rows[lines - 1]} …"]
-    for index, row in enumerate(rows):
-        while font.getlength(rows[index]) > width and len(row) > 1:
-            row = row[:-1]
-            rows[index] = row.rstrip(" …") + "…"
-    return "\n".join(rows)

@@ -7,60 +7,22 @@
 bool [N, K]: did turn k succeed; `edit_types` str [N, K]) and `edit_grid.png`.
 """
 
-import base64
 import html
-import io
 import json
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from mtedit_fast.training.plots import DARK, LIGHT, Bars, Theme, curves, stacked_seconds, success_bars
+from mtedit_fast.edival.statistics import paired_bootstrap, wilson_interval
+from mtedit_fast.training.plots import Bars, curves, stacked_seconds, success_bars
+from mtedit_fast.webpage import data_url, page, picture, section
 
 # Phases timed inside another phase: the outer one keeps the rest.
 INNER_PHASES = {"rollout": ("encode", "denoise", "decode")}
-
-
-class Estimate(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
-def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a binomial proportion; (0, 1) for n = 0.
-
-    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes: expected between 0 and n = {n}, got {successes}")
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def paired_bootstrap(
-    before: Any, after: Any, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> Estimate:
-    """Mean of after − before over N paired scenes [N], with its percentile bootstrap interval over scenes."""
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
-        raise ValueError(f"before, after: expected the same [N], got {list(first.shape)} and {list(second.shape)}")
-    # Resampling scenes with replacement is a multinomial draw over the distinct differences.
-    values, counts = np.unique(second - first, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(first), counts / len(first), size=resamples)
-    low, high = np.quantile(draws @ values / len(first), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate((second - first).mean().item(), low.item(), high.item())
 
 
 def success_summary(success_before: Any, success_after: Any) -> dict[str, Any]:
@@ -107,9 +69,9 @@ def write_report(run_dir: str | Path) -> Path:
         with np.load(run / "evaluation.npz") as evaluation:
             sections.append(_by_type(dict(evaluation)))
     if (run / "edit_grid.png").is_file():
-        image = _data_url((run / "edit_grid.png").read_bytes())
+        image = data_url((run / "edit_grid.png").read_bytes())
         sections.append(
-            _section(
+            section(
                 "Edits",
                 f'<div class="wide"><img class="grid" src="{image}" alt="multi-turn edits before and after training">'
                 "</div>",
@@ -117,9 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
             )
         )
     sections += [_training(metrics), _timing(metrics)]
-    title = f"mtedit_fast · {html.escape(run.name)}"
-    page = PAGE.replace("{title}", title).replace("{style}", STYLE).replace("{body}", "\n".join(filter(None, sections)))
-    (run / "report.html").write_text(page, encoding="utf-8")
+    (run / "report.html").write_text(page(f"mtedit_fast · {run.name}", sections), encoding="utf-8")
     return run / "report.html"
 
 
@@ -153,7 +113,7 @@ def _success(summary: dict[str, Any]) -> str:
         intervals = [[wilson_interval(round(rate * n), n) for rate in rates] for rates in (before, after)]
         panels.append(Bars(title, labels, before, after, *intervals))
     note = f"{n} held-out chains, the same scenes and noise; bars carry Wilson's 95 % intervals."
-    return _section("Success per turn", _picture(lambda theme: success_bars(theme, panels), "success per turn"), note)
+    return section("Success per turn", picture(lambda theme: success_bars(theme, panels), "success per turn"), note)
 
 
 def _by_type(evaluation: dict[str, np.ndarray]) -> str:
@@ -170,40 +130,46 @@ def _by_type(evaluation: dict[str, np.ndarray]) -> str:
     ]
     labels = [f"{name.replace('_', chr(10), 1)}\nn={member.sum()}" for name, member in zip(names, members, strict=True)]
     bars = Bars("Marginal success", labels, *rates, *intervals)
-    return _section("Success per edit type", _picture(lambda theme: success_bars(theme, [bars]), "success per type"))
+    return section("Success per edit type", picture(lambda theme: success_bars(theme, [bars]), "success per type"))
 
 
-# Panels of the training section: title, keys or prefixes of keys.
+# Panels of the training section: title, patterns of keys.
 CURVES = {
-    "Rewards": ("reward/",),
-    "Held-out success during training": ("eval/",),
-    "Advantages": ("advantage/",),
+    "Rewards": (r"reward/[^/]+",),
+    "Rewards per turn": (r"reward/[^/]+/turn\d+",),
+    "Rewards per edit type": (r"reward/[^/]+/type/.+",),
+    "Deviation of rewards within a group": (r"reward_std/.+",),
+    "Share of groups without spread": (r"reward_zero_std/.+",),
+    "Held-out success during training": (r"eval/.+",),
+    "Advantages": (r"advantage/.+",),
     "Ratio − 1": ("ratio/mean", "ratio/max_error"),
     "Clipped fraction": ("ratio/clip_fraction",),
-    "Log-prob": ("log_prob/",),
+    "Log-prob": (r"log_prob/.+",),
     "Loss": ("loss",),
     "Gradient norm": ("grad_norm",),
-    "Undefined rewards (fraction)": ("reward_nan/",),
+    "Distance to the reference": ("kl",),
+    "Undefined rewards (fraction)": (r"reward_nan/.+",),
 }
 
 
 def _training(metrics: Sequence[dict[str, float]]) -> str:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     keys = list(dict.fromkeys(key for line in metrics for key in line))
-    for title, prefixes in CURVES.items():
+    for title, patterns in CURVES.items():
         lines = {}
-        for key in (key for key in keys if key.startswith(prefixes)):
+        for key in (key for key in keys if any(re.fullmatch(pattern, key) for pattern in patterns)):
             points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
             x, y = ([point[i] for point in points] for i in (0, 1))
-            lines[key.partition("/")[2] or key] = (x, [value - 1 for value in y] if key == "ratio/mean" else y)
+            name = (key.partition("/")[2] or key).replace("/type/", " ").replace("/", " ")
+            lines[name] = (x, [value - 1 for value in y] if key == "ratio/mean" else y)
         if lines and not (title.startswith("Undefined") and not any(map(any, (y for _, y in lines.values())))):
             panels[title] = lines
     if not panels:
         return ""
     titles = list(panels)
     rows = [{title: panels[title] for title in titles[i : i + 2]} for i in range(0, len(titles), 2)]
-    figures = [_picture(partial(curves, panels=row), ", ".join(row)) for row in rows]
-    return _section("Training", "".join(figures), "Thin: each iteration. Thick: running mean over five.")
+    figures = [picture(partial(curves, panels=row), ", ".join(row)) for row in rows]
+    return section("Training", "".join(figures), "Thin: each iteration. Thick: running mean over five.")
 
 
 def phase_seconds(metrics: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -229,65 +195,10 @@ def _timing(metrics: Sequence[dict[str, float]]) -> str:
     )
     table = f"<table><tr><th>phase<th>total s<th>median s per iteration<th>share{rows}</table>"
     iterations = [line["iteration"] for line in metrics]
-    figure = _picture(lambda theme: stacked_seconds(theme, iterations, phases), "seconds per iteration by phase")
-    return _section("Time", figure + table)
-
-
-def _section(title: str, content: str, note: str = "") -> str:
-    paragraph = f"<p>{html.escape(note)}</p>" if note else ""
-    return f"<section><h2>{html.escape(title)}</h2>{paragraph}{content}</section>"
-
-
-def _picture(plot: Callable[[Theme], Figure], alt: str) -> str:
-    light, dark = (_data_url(_png(plot(theme))) for theme in (LIGHT, DARK))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{html.escape(alt)}"></picture>'
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    figure = picture(lambda theme: stacked_seconds(theme, iterations, phases), "seconds per iteration by phase")
+    return section("Time", figure + table)
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-STYLE = """
-:root { color-scheme: light dark }
-:root { --ground: #f6f7f9; --card: #ffffff; --text: #1f2730; --faint: #5d6874; --line: #d9dee4 }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #12161b; --card: #1b2128; --text: #dfe5ec; --faint: #97a3af; --line: #39424d }
-}
-* { box-sizing: border-box }
-body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 960px; margin: 0 auto; padding: 24px 16px 64px }
-h1 { font-size: 26px; line-height: 1.25; margin: 16px 0 4px } h2 { font-size: 18px; margin: 0 0 8px }
-.lead { font-size: 17px; margin: 0 0 16px } p { color: var(--faint); margin: 0 0 12px }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px }
-.card, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
-.card { padding: 12px 16px; color: var(--faint) } .card b { display: block; font-size: 20px; color: var(--text) }
-section { padding: 18px; margin-top: 20px }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto 8px } .wide { overflow-x: auto }
-.grid { border-radius: 6px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-td, th { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { text-align: left }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body><main>
-{body}
-</main></body></html>
-"""

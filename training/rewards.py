@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtedit_fast.editors import Editor
 from mtedit_fast.training.config import RewardConfig
+from mtedit_fast.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,49 @@ def load_reward(path: str) -> Reward:
     return function
 
 
+class RewardStream:
+    """Scores trajectories in a thread of its own while the next ones are being sampled.
+
+    Use it as a context; `submit` batches in order, then `result()`. An exception of a reward is raised there.
+    """
+
+    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
+        self._rewards = list(rewards)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
+        self._parts: list[Future[dict[str, Tensor]]] = []
+        self.seconds = 0.0
+        """What scoring took, whether or not anything waited for it."""
+
+    def __enter__(self) -> "RewardStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def submit(self, batch: RewardBatch) -> None:
+        ready = torch.cuda.Event() if batch.edits.is_cuda else None
+        if ready is not None:
+            ready.record()
+        self._parts.append(self._worker.submit(self._score, batch, ready))
+
+    def _score(self, batch: RewardBatch, ready: "torch.cuda.Event | None") -> dict[str, Tensor]:
+        start = time.perf_counter()
+        if ready is None:
+            values = score(self._rewards, batch)
+        else:  # a stream of its own, behind what has decoded these images
+            with torch.cuda.stream(torch.cuda.Stream(batch.edits.device)) as stream:
+                ready.wait(stream)
+                values = score(self._rewards, batch)
+                stream.synchronize()
+        self.seconds += time.perf_counter() - start
+        return values
+
+    def result(self) -> dict[str, Tensor]:
+        """{name: fp32 [B, K]} of everything submitted, in order."""
+        parts = [part.result() for part in self._parts]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 @torch.no_grad()
 def score(rewards: Sequence[RewardConfig], batch: RewardBatch) -> dict[str, Tensor]:
     """Call every reward -> {name: fp32 [B, K] on the edits' device}.
@@ -94,3 +141,31 @@ def score(rewards: Sequence[RewardConfig], batch: RewardBatch) -> dict[str, Tens
             )
         scores[reward.name] = value.to(batch.edits.device, torch.float32)
     return scores
+
+
+@torch.no_grad()
+def step_rewards(
+    editor: Editor, trajectories: Trajectories, batch: RewardBatch, rewards: Sequence[RewardConfig]
+) -> dict[str, Tensor]:
+    """Every reward at every stored state s of every turn, {name: fp32 [B, K, S+1]}.
+
+    The image at state s is decoded from the clean estimate x − σv there, and judged in its turn's place among the
+    finished images of the others: K·(S+1) calls of each reward.
+
+    Raises:
+        ValueError: the rollout kept no estimates.
+    """
+    estimates = trajectories.estimates
+    if estimates is None:
+        raise ValueError("trajectories.estimates: expected the clean estimates; set RolloutConfig.keep_estimates")
+    height, width = trajectories.height, trajectories.width
+    values = {reward.name: torch.empty(estimates.shape[:3], device=batch.edits.device) for reward in rewards}
+    for turn in range(estimates.shape[1]):
+        for state in range(estimates.shape[2]):
+            edits = batch.edits.clone()
+            for rows in trajectories.micro_batches():
+                decoded = editor.decode(estimates[rows, turn, state], height, width)
+                edits[rows, turn] = (decoded * 255).round() / 255
+            for name, value in score(rewards, replace(batch, edits=edits)).items():
+                values[name][:, turn, state] = value[:, turn]
+    return values

@@ -15,44 +15,65 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mtedit_fast.editors import Editor, KontextEditor
+from mtedit_fast.editors import EDITORS, Editor, KontextEditor
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.evaluation import Evaluation
 from mtedit_fast.training.plots import edit_grid
 from mtedit_fast.training.report import read_metrics, success_summary, write_report
-from mtedit_fast.training.trainer import DTYPES, Trainer
+from mtedit_fast.training.sampler import DTYPES
+from mtedit_fast.training.trainer import Trainer
 
 GRID_ROWS = 8
 
 
 def load_editor(config: TrainConfig, device: torch.device | str = "cpu") -> Editor:
-    """The configured editor; `model.path: null` is the committed playground pipeline."""
-    length = config.rollout.max_sequence_length
-    if config.model.path is None:
+    """The configured editor; `model.path: null` is the committed playground pipeline.
+
+    A transformer that will be sharded stays on the CPU, from where `shard` takes each rank's part.
+    """
+    model, dtype = config.model, DTYPES[config.model.dtype]
+    options: dict[str, Any] = {"max_sequence_length": config.rollout.max_sequence_length}
+    if model.path is None:
+        if model.family != "kontext":
+            raise ValueError(
+                f"model.path: expected a pipeline folder or hub id of family {model.family}, got null; the playground "
+                "has weights of family kontext alone"
+            )
         from mtedit_fast.training.playground.models import load_pipeline
 
-        pipeline: Any = load_pipeline(dtype=DTYPES[config.model.dtype])
-        return KontextEditor(pipeline.to(device), max_sequence_length=length)
-    return KontextEditor.from_pretrained(
-        config.model.path, dtype=DTYPES[config.model.dtype], device=device, max_sequence_length=length
-    )
+        pipeline: Any = load_pipeline(dtype=dtype)
+        return KontextEditor(pipeline.to(device), **options)
+    if model.family != "kontext" and config.rollout.guidance_scale > 1:
+        options["negative_prompt"] = " " if model.family == "qwen_image_edit" else ""
+    sharded = config.run.sharding != "none"
+    start = "cpu" if sharded else device
+    editor = EDITORS[model.family].from_pretrained(model.path, dtype=dtype, device=start, **options)
+    if sharded:
+        for name, module in editor.pipeline.components.items():
+            if isinstance(module, torch.nn.Module) and name != "transformer":
+                module.to(device)
+    return editor
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
     """Run `config` to its end, going on from its checkpoint if there is one; returns what summary.json holds.
 
+    Under torchrun or `accelerate launch` the processes share the work; the first one writes, and the others return {}.
+
     Writes into `run.output_dir`: config.yaml, metrics.jsonl, TensorBoard files, checkpoints/, lora/ (for stock
     `pipe.load_lora_weights`), summary.json, report.html, and with held-out data evaluation.npz and edit_grid.png.
     """
-    console = console or Console()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    main = state.is_main_process
+    console = console or Console(quiet=not main)
     start = time.perf_counter()
     resolution, turns, seed = config.data.size, config.rollout.turns, config.run.seed
     chains = EditChains(config.data.path, turns=turns, resolution=resolution, seed=seed)
     held_out = None
     if config.evaluation.path is not None:
         held_out = EditChains(config.evaluation.path, turns=turns, resolution=resolution)
-    editor = load_editor(config, PartialState().device)
+    editor = load_editor(config, state.device if torch.cuda.is_available() else "cpu")
     trainer = Trainer(editor, chains, config, held_out)
     output = trainer.output_dir
     console.print(
@@ -80,6 +101,9 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
                 console.print(f"iteration {trainer.iteration}/{config.run.iterations}  {_shown(metrics)}")
         after = _evaluate(trainer, progress, "after")
     trainer.export()
+    trainer.accelerator.end_training()
+    if not main:
+        return {}
     summary = _summary(config, output, before, after) | {"seconds": time.perf_counter() - start}
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report = write_report(output)
@@ -153,7 +177,7 @@ def _shown(metrics: dict[str, float]) -> str:
     shown = []
     for key, value in metrics.items():
         for prefix, label in names.items():
-            if key.startswith(prefix):
+            if key.startswith(prefix) and "/" not in key.removeprefix(prefix):
                 shown.append(f"{label or key.removeprefix(prefix)} {value:.3g}")
     return "  ".join(shown)
 
@@ -167,4 +191,5 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_row(name, f"{values['before']:.3f}", f"{values['after']:.3f}")
     if table.row_count:
         console.print(table)
-    console.print(f"largest |ratio − 1| at the first update: {summary['max_ratio_error_first_update']}")
+    if (error := summary["max_ratio_error_first_update"]) is not None:
+        console.print(f"largest |ratio − 1| at the first update: {error}")

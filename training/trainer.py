@@ -1,7 +1,8 @@
 """The training loop: roll out, score, compute advantages, update. Read `Trainer.fit` and `Trainer.step` first.
 
 Everything random is a pure function of (seed, iteration, sample), and everything else that changes is in the
-checkpoint, so a run that is killed and resumed ends with the weights of an uninterrupted one, bit for bit.
+checkpoint, so a run that is killed and resumed ends with the weights of an uninterrupted one, bit for bit. On several
+processes every iteration's batch is the same as on one, divided by whole groups.
 """
 
 from __future__ import annotations
@@ -9,75 +10,124 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from mtedit_fast.editors import Editor
-from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
-from mtedit_fast.sampling import sde_window
+from mtedit_fast.rollout import Trajectories
 from mtedit_fast.timing import PhaseTimer
-from mtedit_fast.training.advantages import advantages, shuffle_advantages
+from mtedit_fast.training import distributed
+from mtedit_fast.training.adapters import OLD_DECAY, Adapters
+from mtedit_fast.training.advantages import AdvantageResult, advantages, shuffle_advantages
 from mtedit_fast.training.checkpoint import latest, load_checkpoint, save_checkpoint
-from mtedit_fast.training.config import TrainConfig, dump_config
+from mtedit_fast.training.config import TrainConfig
+from mtedit_fast.training.config_file import dump_config
 from mtedit_fast.training.data import EditChains, Record
 from mtedit_fast.training.evaluation import Evaluation, evaluate
-from mtedit_fast.training.rewards import RewardBatch, score
-from mtedit_fast.training.update import PolicyUpdate
+from mtedit_fast.training.grpo import GRPO
+from mtedit_fast.training.memory import rows_within
+from mtedit_fast.training.nft import NFT
+from mtedit_fast.training.rebalance import rebalance
+from mtedit_fast.training.sampler import Sampler
+from mtedit_fast.training.sharding import shard
+from mtedit_fast.training.update import PolicyUpdate, UpdateBatch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Every linear layer of a Flux block; the embedders and the final projection stay as they are.
-KONTEXT_LORA_TARGETS = (
-    r"(transformer_blocks|single_transformer_blocks)\.\d+\."
-    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
-)
+KEPT = "kept.jsonl"
 
 
 class Trainer:
-    """GRPO on the multi-turn trajectories of one editor.
+    """Reinforcement learning on the multi-turn trajectories of one editor.
 
     Args:
         editor: its transformer gets a LoRA adapter; the reference policy is the adapter switched off.
         chains: training data.
         config: see `training.config`.
-        accelerator: device and precision; made from the config when None.
+        held_out: chains for `evaluate`.
     """
 
     def __init__(self, editor: Editor, chains: EditChains, config: TrainConfig, held_out: EditChains | None = None):
         self.editor, self.chains, self.config, self.held_out = editor, chains, config, held_out
         self.output_dir = Path(config.run.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=config.run.precision, log_with="tensorboard", project_dir=str(self.output_dir)
+            cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not know of each other
+            mixed_precision=config.run.precision,
+            log_with="tensorboard",
+            project_dir=str(self.output_dir),
         )
-        self.device = self.accelerator.device
+        # accelerate says "cpu:0", which torch takes for another device than "cpu".
+        self.device = self.accelerator.device if torch.cuda.is_available() else torch.device("cpu")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self._check_groups()
         self.model: Any = editor.transformer  # the module itself; editor.transformer may become a wrapper
-        self._add_adapter()
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+        self.adapters = Adapters(
+            self.model,
+            rank=config.model.lora.rank,
+            alpha=config.model.lora.alpha,
+            target_modules=config.model.lora.target_modules or editor.lora_targets,
+            seed=config.run.seed,
+            old=config.objective.likelihood_free,
+        )
+        self._prepare_model()
+        self.optimizer = torch.optim.AdamW(
+            self.adapters.parameters,
             lr=config.optimizer.lr,
             betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
             weight_decay=config.optimizer.weight_decay,
         )
-        editor.transformer, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.update = PolicyUpdate(editor, self.optimizer, self.accelerator, config.objective, config.optimizer)
-        self.average = [parameter.detach().clone() for parameter in self.update.parameters]
+        self.objective: GRPO | NFT = self._objective()
+        self._budget = config.optimizer.memory_gib  # until the rows it allows have been measured
+        self.update = PolicyUpdate(
+            list(self.adapters.parameters),
+            self.optimizer,
+            self.objective,
+            config.optimizer,
+            on_step=self.adapters.stepped,
+            sharded=config.run.sharding != "none",
+        )
         self.timer = PhaseTimer(self.device)
+        self.sample = Sampler(editor, self.adapters, config, self.timer)
         self.iteration = 0
 
-    def _add_adapter(self) -> None:
-        lora = self.config.model.lora
-        torch.manual_seed(self.config.run.seed)  # the adapter's initial values
-        self.model.add_adapter(
-            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules or KONTEXT_LORA_TARGETS)
+    def _check_groups(self) -> None:
+        groups = self.config.rollout.groups_per_iteration
+        if groups < self.world:
+            raise ValueError(
+                f"rollout.groups_per_iteration: expected at least one group per process ({self.world}), got {groups}"
+            )
+        if self.config.run.sharding != "none" and groups % self.world:
+            raise ValueError(
+                f"rollout.groups_per_iteration: with run.sharding={self.config.run.sharding} all processes must run "
+                f"equally many forwards: expected a multiple of the {self.world} processes, got {groups}"
+            )
+
+    def _prepare_model(self) -> None:
+        """Sharding, checkpointing, compilation and autocast of the transformer, in the order they need."""
+        config = self.config
+        if config.model.activation_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if config.model.compile:
+            # Blocks compile anew for every plan of adapters and gradient mode; past the limit torch runs them eagerly.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self.model.compile_repeated_blocks()
+        if config.run.sharding == "fsdp2":
+            shard(self.model, self.device)
+        # Evaluation mode: autocast only, without DistributedDataParallel (see training.distributed).
+        sharded = config.run.sharding != "none"
+        self.editor.transformer = self.accelerator.prepare_model(
+            self.model, device_placement=not sharded, evaluation_mode=True
         )
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # a bf16 adapter would lose small updates
+
+    def _objective(self) -> GRPO | NFT:
+        config, rows = self.config.objective, self.config.optimizer.forward_rows
+        if self.config.exact_replay:
+            return GRPO(self.editor, self.adapters, config, None)
+        kind = NFT if config.likelihood_free else GRPO
+        return kind(self.editor, self.adapters, config, rows or self.config.rollout.micro_batch)
 
     # ---- the loop
 
@@ -86,49 +136,82 @@ class Trainer:
         run, every = self.config.run, self.config.evaluation.every
         if self.iteration == 0:
             self.resume()
+        distributed.assert_same(self.adapter() | {"iteration": torch.tensor(self.iteration)})
         metrics_path = self._start_logs()
-        with metrics_path.open("a") as lines:
+        main = self.accelerator.is_main_process
+        with metrics_path.open("a") if main else nullcontext() as lines:
             while self.iteration < run.iterations:
                 metrics = self.step()
                 self.iteration += 1
                 if every and self.iteration % every == 0 and self.held_out is not None:
                     metrics |= self.evaluate().metrics()
-                if self.accelerator.is_main_process:
+                if lines is not None:
                     lines.write(json.dumps(metrics) + "\n")
                     lines.flush()
                 self.accelerator.log(metrics, step=self.iteration)
                 if self.iteration % run.checkpoint_every == 0 or self.iteration == run.iterations:
                     self.save()
                 yield metrics
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def step(self) -> dict[str, float]:
-        """One iteration: rollout, rewards, advantages, update."""
-        # Each process has groups and noise of its own; a group is never split.
-        draw = self.iteration * self.accelerator.num_processes + self.accelerator.process_index
-        records = self.chains.batch(draw, self.config.rollout.groups_per_iteration)
-        with self.timer("rollout"):
-            trajectories = self.rollout(records, draw)
-        trajectories.raise_if_not_finite()
-        with self.timer("reward"):
-            rewards = self.score(records, trajectories)
-        result = advantages(
-            rewards,
-            trajectories.groups.cpu(),
-            self.config.advantage,
-            weights={reward.name: reward.weight for reward in self.config.rewards},
-        )
+        """One iteration: rollout and rewards, advantages, update."""
+        names = self.chains.draw(self.iteration, self.config.rollout.groups_per_iteration)
+        mine = distributed.share(len(names), self.rank, self.world)
+        records = [self.chains[names[index]] for index in mine]
+        trajectories, rewards = self.sample(records, iteration=self.iteration, first_group=mine.start)
+        distributed.check_alive(self.iteration, self.config.run.timeout)
+        result = self.advantages(trajectories, rewards, records)
         if self.config.run.control == "shuffle":
             result = shuffle_advantages(result, seed=self.config.run.seed * 1_000_003 + self.iteration)
+        self._log_kept(result, [self.chains.id(name) for name in names])
         with self.timer("update"):
             self._set_learning_rate()
-            stats = self.update(trajectories, result)
-            # Warmed up, so that the first iterations are not held back by the untrained adapter.
-            decay = min(self.config.optimizer.ema_decay, (1 + self.iteration) / (10 + self.iteration))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.update.parameters], 1 - decay)
+            stats = self.update(self.learning_batch(trajectories, result))
+            self._follow()
         seconds = {f"seconds/{name}": value for name, value in self.timer.seconds().items()}
         rate = self.optimizer.param_groups[0]["lr"]
         return {"iteration": self.iteration, "learning_rate": rate, **result.stats, **stats.metrics(), **seconds}
+
+    def advantages(
+        self, trajectories: Trajectories, rewards: dict[str, Tensor], records: list[Record]
+    ) -> AdvantageResult:
+        """Advantages of the whole iteration, over all processes and the same on each; this one's rows by group."""
+        configured = self.config.rewards
+        everything = distributed.gather_rows(rewards | {"/group": trajectories.group})  # "/" is in no reward's name
+        groups = everything.pop("/group")
+        kinds = distributed.gather_objects([record.extra.get("types") for record in records])
+        types: list[Any] = [kind for part in kinds for kind in part for _ in range(self.config.rollout.group_size)]
+        return advantages(
+            everything,
+            groups,
+            self.config.advantage,
+            weights={reward.name: reward.weight for reward in configured},
+            ranges={reward.name: (reward.range[0], reward.range[1]) for reward in configured if reward.range},
+            binarize={reward.name: reward.binarize for reward in configured if reward.binarize is not None},
+            types=[list(kind)[: trajectories.turns] for kind in types] if all(types) else None,
+        )
+
+    def learning_batch(self, trajectories: Trajectories, result: AdvantageResult) -> UpdateBatch:
+        """What this process learns from: with `forward_rows` the kept rows alone, evened out over the processes."""
+        start, count = int(trajectories.group[0]) * self.config.rollout.group_size, len(trajectories)
+        own = slice(start, start + count)
+        values, keep = result.advantages[own].to(self.device), result.keep[own].to(self.device)
+        if self.config.exact_replay:
+            return UpdateBatch(trajectories, values, keep)
+        kept = keep.nonzero().flatten()
+        rows = trajectories.learning_rows(kept) | {"advantages": values[kept]}
+        rows, text = rebalance(rows, trajectories.text, whole_groups=self.config.objective.name == "crd")
+        learned = torch.ones(len(rows["group"]), dtype=torch.bool, device=self.device)
+        if len(learned) == 0:  # fewer rows than processes: any one, which does not count
+            learned = torch.zeros(1, dtype=torch.bool, device=self.device)
+            rows = trajectories.learning_rows(learned.long()) | {"advantages": values[:1]}
+            text = trajectories.text
+        batch = UpdateBatch(trajectories.with_rows(rows, text), rows["advantages"], learned)
+        if self._budget is not None:
+            self.objective.forward_rows, self._budget = rows_within(self._budget, self.objective, batch), None
+        return batch
 
     def _set_learning_rate(self) -> None:
         """A function of the iteration alone, so that there is no scheduler state to resume."""
@@ -137,88 +220,28 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = optimizer.lr * left
 
-    def rollout(self, records: list[Record], draw: int) -> Trajectories:
-        """G trajectories per record with the current weights."""
-        config = self.rollout_config(self.iteration)
-        references = torch.stack([record.image for record in records]).to(self.device)
-        seeds = sample_seeds(self.config.run.seed, draw, len(records) * config.group_size)
-        return rollout(
-            self.editor,
-            references,
-            [record.instructions for record in records],
-            config,
-            seeds,
-            timer=self.timer,
-        )
-
-    def rollout_config(self, iteration: int) -> RolloutConfig:
-        """The sampler's settings, with this iteration's SDE window."""
-        config = self.config.rollout
-        window = None
-        if config.window is not None:
-            window = sde_window(
-                config.num_steps,
-                config.window.size,
-                lo=config.window.lo,
-                hi=config.window.hi,
-                seed=self.config.run.seed * 1_000_003 + iteration,
-            )
-        return RolloutConfig(
-            group_size=config.group_size,
-            num_steps=config.num_steps,
-            variant=config.variant,
-            eta=config.eta,
-            window=None if window is None else (window.start, window.stop),
-            micro_batch=config.micro_batch,
-            guidance_scale=config.guidance_scale,
-            latent_chain=config.latent_chain,
-            keep_means=self.config.objective.name == "grpo_guard",
-            state_dtype=DTYPES[config.state_dtype],
-        )
-
-    def score(self, records: list[Record], trajectories: Trajectories) -> dict[str, Tensor]:
-        """Every configured reward, [B, K]."""
-        group = self.config.rollout.group_size
-        repeated = [record for record in records for _ in range(group)]
-        references = torch.stack([record.image for record in records]).to(trajectories.images.device)
-        batch = RewardBatch(
-            references=references.repeat_interleave(group, 0),
-            edits=trajectories.images,
-            instructions=[record.instructions for record in repeated],
-            records=[{"id": record.id, "objects": record.objects, **record.extra} for record in repeated],
-        )
-        return score(self.config.rewards, batch)
+    def _follow(self) -> None:
+        """The averages that trail the policy."""
+        # Warmed up, so that the first iterations are not held back by the untrained adapter.
+        self.adapters.update_average(min(self.config.optimizer.ema_decay, (1 + self.iteration) / (10 + self.iteration)))
+        if self.config.objective.likelihood_free:
+            self.adapters.update_old(OLD_DECAY[self.config.objective.old_decay](self.iteration))
 
     def evaluate(self, *, reference: bool = False, progress: Callable[[int], None] | None = None) -> Evaluation:
         """The held-out chains under the averaged adapter, or under the reference (adapter off)."""
         if self.held_out is None:
             raise ValueError("evaluation.path: expected held-out chains, got null")
-        with self.update.reference_policy() if reference else self.averaged():
+        with self.adapters.reference() if reference else self.adapters.averaged():
             return evaluate(
                 self.editor,
                 self.held_out,
-                self.rollout_config(0),
+                self.sample.settings(0),
                 self.config.evaluation,
                 self.config.rewards,
                 progress=progress,
             )
 
     # ---- state
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The moving average in place of the adapter's current values."""
-        current = [parameter.detach().clone() for parameter in self.update.parameters]
-        self._assign(self.average)
-        try:
-            yield
-        finally:
-            self._assign(current)
-
-    @torch.no_grad()
-    def _assign(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.update.parameters, values, strict=True):
-            parameter.copy_(value)
 
     @property
     def fingerprint(self) -> str:
@@ -228,18 +251,25 @@ class Trainer:
         return f"{self.config.model.family}, LoRA rank {lora.rank} alpha {lora.alpha}, shapes {digest}"
 
     def adapter(self) -> dict[str, Tensor]:
-        """LoRA tensors by name."""
-        return get_peft_model_state_dict(self.model)
+        """The policy's LoRA tensors by name."""
+        return dict(zip(self.adapters.names, (p.detach() for p in self.adapters.parameters), strict=True))
 
     def save(self) -> Path | None:
-        """Write a checkpoint atomically; on a full disk the last good one stays."""
+        """Write a checkpoint atomically; on a full disk the last good one stays.
+
+        Trainable tensors are equal on every process, so one of them writes and any number of them can resume.
+        """
         if not self.accelerator.is_main_process:
             return None
         return save_checkpoint(
             self.output_dir / "checkpoints",
             self.iteration,
             self.adapter(),
-            {"iteration": self.iteration, "optimizer": self.optimizer.state_dict(), "average": self.average},
+            {
+                "iteration": self.iteration,
+                "optimizer": self.optimizer.state_dict(),
+                "adapters": self.adapters.state_dict(),
+            },
             self.fingerprint,
             keep=self.config.run.keep_checkpoints,
         )
@@ -250,29 +280,42 @@ class Trainer:
         if path is None:
             return False
         adapter, state = load_checkpoint(path, self.fingerprint)
-        set_peft_model_state_dict(self.model, adapter)
+        self.adapters.load("default", adapter)
+        self.adapters.load_state_dict(state["adapters"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = [value.to(self.device) for value in state["average"]]
         self.iteration = state["iteration"]
         return True
 
     def export(self) -> Path:
         """The averaged LoRA as safetensors for stock `pipe.load_lora_weights(output_dir / "lora")`."""
         path = self.output_dir / "lora"
-        with self.averaged():
-            self.editor.save_lora(str(path))
+        with self.adapters.averaged():
+            if self.accelerator.is_main_process:
+                self.editor.save_lora(str(path))
         return path
 
     def _start_logs(self) -> Path:
         """Config, TensorBoard and metrics.jsonl; lines after the resumed checkpoint are dropped and made again."""
+        path = self.output_dir / "metrics.jsonl"
+        if not self.accelerator.is_main_process:
+            return path
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "config.yaml").write_text(dump_config(self.config))
         self.accelerator.init_trackers("tensorboard")
-        path = self.output_dir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _iteration(line) < self.iteration]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        for lines in (path, self.output_dir / KEPT):
+            if lines.exists():
+                kept = [line for line in lines.read_text().splitlines() if _iteration(line) < self.iteration]
+                lines.write_text("".join(f"{line}\n" for line in kept))
         return path
+
+    def _log_kept(self, result: AdvantageResult, ids: list[str]) -> None:
+        """Which members of which chains the update learns from, a line per iteration of kept.jsonl."""
+        if self.accelerator.is_main_process:
+            members = result.keep.view(len(ids), -1)
+            kept = {name: row.nonzero().flatten().tolist() for name, row in zip(ids, members, strict=True)}
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with (self.output_dir / KEPT).open("a") as lines:
+                lines.write(json.dumps({"iteration": self.iteration, "kept": kept}) + "\n")
 
 
 def _iteration(line: str) -> float:

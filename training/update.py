@@ -1,175 +1,195 @@
-"""One iteration's policy update: replay the stored steps with gradient, objective, optimizer step.
+"""One iteration's policy update: cut the kept samples into forwards, accumulate their gradients, step the optimizer.
 
-Exact mode (`steps_per_forward: 1`) replays each step in the rollout's own batch shape and takes the ratio against the
-log-prob stored at rollout: before the first optimizer step every ratio is exactly 1. Several steps per forward are
-faster; the shape then differs, so the old log-probs are computed by the same path, and the drift from the stored ones
-is reported.
+What an objective needs is in `training.grpo` and `training.nft`; this file knows how samples become optimizer steps, on
+one process or many. Only rows of the current policy have a graph, and a sample that was filtered out is not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from mtedit_fast.editors import Editor
-from mtedit_fast.ops import SDEStepOutput
-from mtedit_fast.rollout import Trajectories, replay
-from mtedit_fast.training.advantages import AdvantageResult
-from mtedit_fast.training.config import ObjectiveConfig, OptimizerConfig
-from mtedit_fast.training.objectives import Objective, grpo, grpo_guard, kl_to_reference
+from mtedit_fast.training import distributed
+from mtedit_fast.training.config import OptimizerConfig
+from mtedit_fast.trajectories import Trajectories
+
+
+@dataclass
+class Chunk:
+    """What goes through the transformer together: n samples (trajectory, index) of one turn.
+
+    Attributes:
+        rows: int64 [n], trajectories of the batch.
+        index: int64 [n], the position of a stored step, or the number of a noise draw.
+        on_policy: the first optimizer step is still to come, so the weights are those of the rollout.
+        padding: only there so that this process runs as many forwards as the others; its loss does not count.
+        old_log_prob: fp32 [n], where an objective needs it and it is not the chunk's own.
+    """
+
+    rows: Tensor
+    turn: int
+    index: Tensor
+    on_policy: bool = True
+    padding: bool = False
+    old_log_prob: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """The trajectories an iteration learns from.
+
+    Attributes:
+        advantages: fp32 [B, K], or [B, K, S] with one per step.
+        keep: bool [B]; rows that are False only fill the shape of an exact replay and have no loss.
+    """
+
+    trajectories: Trajectories
+    advantages: Tensor
+    keep: Tensor
+
+    def advantage(self, chunk: Chunk) -> Tensor:
+        """[n] fp32."""
+        of_turn = self.advantages[chunk.rows, chunk.turn]
+        return of_turn if of_turn.ndim == 1 else of_turn.gather(1, chunk.index[:, None])[:, 0]
+
+
+class Objective(Protocol):
+    """How one kind of training turns trajectories into a loss."""
+
+    def shares(self, batch: UpdateBatch, count: int) -> list[list[Chunk]]:
+        """The batch's chunks, divided over `count` optimizer steps (some may be empty)."""
+
+    def prepare(self, batch: UpdateBatch, shares: list[list[Chunk]]) -> None:
+        """Forwards without gradient that need the weights of the rollout, before the first optimizer step."""
+
+    def loss(self, batch: UpdateBatch, chunk: Chunk, stats: UpdateStats) -> Tensor:
+        """Sum of the losses of the chunk's kept samples, with gradient."""
 
 
 @dataclass
 class UpdateStats:
-    """Running statistics of one iteration's updates, kept on the device until the end."""
+    """What to log about one iteration's updates: tensors, left on the device until the end."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    ratios: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    drift: list[Tensor] = field(default_factory=list)
-    first_errors: list[Tensor] = field(default_factory=list)
-    grad_norms: list[Tensor] = field(default_factory=list)
+    values: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    steps: int = 0
+    skipped: int = 0
 
-    def record(self, objective: Objective, loss: Tensor) -> None:
-        self.losses.append(loss.detach())
-        self.ratios.append(objective.ratio)
-        self.clipped.append(objective.clipped)
-
-    def record_first(self, objective: Objective, out: SDEStepOutput, stored: Tensor) -> None:
-        """Before the first optimizer step, the policy is still the one that made the rollout."""
-        assert out.log_prob is not None
-        self.drift.append((out.log_prob.detach() - stored).abs().max())
-        self.first_errors.append((objective.ratio - 1).abs().max())
+    def record(self, **values: Tensor) -> None:
+        """Values [..] of one chunk by name; `max_…` is reported as the largest, the others as their mean."""
+        for name, value in values.items():
+            self.values[name].append(value.detach().float().flatten())
 
     def metrics(self) -> dict[str, float]:
-        if not self.ratios:
-            return {"update/skipped": 1.0}
-        ratios, clipped = torch.cat(self.ratios), torch.cat(self.clipped)
-        return {
-            "loss": torch.stack(self.losses).sum().item() / len(self.grad_norms),
-            "ratio/mean": ratios.mean().item(),
-            "ratio/max_error": (ratios - 1).abs().max().item(),
-            "ratio/max_error_first_update": torch.stack(self.first_errors).max().item(),
-            "ratio/clip_fraction": clipped.float().mean().item(),
-            "log_prob/max_drift_first_update": torch.stack(self.drift).max().item(),
-            "grad_norm": torch.stack(self.grad_norms).mean().item(),
-        }
+        """Figures over all processes."""
+        local = {name: torch.cat(parts).cpu() for name, parts in self.values.items()}
+        everywhere = distributed.gather_objects(local)
+        result = {"update/steps": float(self.steps), "update/skipped": float(self.skipped)}
+        for name in sorted({name for part in everywhere for name in part}):
+            values = torch.cat([part[name] for part in everywhere if name in part])
+            largest = name.rpartition("/")[2].startswith("max_")
+            result[name] = (values.max() if largest else values.mean()).item()
+        return result
 
 
 class PolicyUpdate:
-    """`update(trajectories, result)` takes `updates_per_iteration` optimizer steps.
+    """`update(batch)` takes `updates_per_iteration` optimizer steps.
 
-    Each optimizer step sees its share of the rollout's micro-batches; gradients accumulate over turns and steps, so
-    memory is that of one forward. Micro-batches whose rows are all filtered out cost nothing.
+    Gradients accumulate over chunks, so memory is that of one forward; each sample's loss is divided by the number of
+    samples of its optimizer step on all processes, which makes the gradient that of the whole batch's mean.
+
+    Args:
+        on_step: called after every optimizer step, when the policy is no longer what it was.
+        sharded: the base weights are spread over processes, which must then all run equally many forwards.
     """
 
     def __init__(
         self,
-        editor: Editor,
+        parameters: list[Tensor],
         optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        objective: ObjectiveConfig,
+        objective: Objective,
         config: OptimizerConfig,
+        *,
+        on_step: Callable[[], None] = lambda: None,
+        sharded: bool = False,
     ):
-        self.editor, self.optimizer, self.accelerator = editor, optimizer, accelerator
-        self.objective, self.config = objective, config
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters, self.optimizer = parameters, optimizer
+        self.objective, self.config, self.on_step, self.sharded = objective, config, on_step, sharded
+        self._skipped_in_a_row = 0
 
-    def __call__(self, trajectories: Trajectories, result: AdvantageResult) -> UpdateStats:
-        stats, config = UpdateStats(), self.config
-        exact = config.steps_per_forward == 1
-        batches = [rows for rows in trajectories.micro_batches() if result.keep[rows].any()]
-        shares = [batches[index :: config.updates_per_iteration] for index in range(config.updates_per_iteration)]
-        old = {} if exact else self._old_log_probs(trajectories, batches)
-        for number, share in enumerate(share for share in shares if share):
-            kept = sum(int(result.keep[rows].sum()) for rows in share)
-            for rows in share:
-                weight = int(result.keep[rows].sum()) / kept / (trajectories.turns * len(trajectories.steps))
-                for turn, steps in self._chunks(trajectories):
-                    stored = trajectories.log_probs[rows, turn, steps.start : steps.stop].T.flatten()
-                    old_log_prob = stored if exact else old[rows.start, turn, steps.start]
-                    out, objective = self._objective(trajectories, result, rows, turn, steps, old_log_prob)
-                    # A chunk's mean over kept rows becomes its part of the mean over the whole optimizer step.
-                    loss = objective.loss * (weight * len(steps))
-                    self.accelerator.backward(loss)
-                    stats.record(objective, loss)
-                    if number == 0:
-                        stats.record_first(objective, out, stored)
-            stats.grad_norms.append(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+    def __call__(self, batch: UpdateBatch) -> UpdateStats:
+        """Raises FloatingPointError when the gradient was not finite `max_skipped` times in a row."""
+        stats = UpdateStats()
+        shares = self.objective.shares(batch, self.config.updates_per_iteration)
+        totals = self._plan(batch, shares)
+        self.objective.prepare(batch, shares)
+        for share, samples in zip(shares, totals, strict=True):
+            if samples == 0:
+                continue
+            for chunk in share:
+                loss = self.objective.loss(batch, chunk, stats if not chunk.padding else UpdateStats())
+                (loss * (0.0 if chunk.padding else 1 / samples)).backward()
+            distributed.sum_gradients(self.parameters)
+            self._step(stats)
         return stats
 
-    def _objective(
-        self,
-        trajectories: Trajectories,
-        result: AdvantageResult,
-        rows: slice,
-        turn: int,
-        steps: range,
-        old_log_prob: Tensor,
-    ) -> tuple[SDEStepOutput, Objective]:
-        """Forward of some steps of one micro-batch, and the objective on its kept rows (step-major, [s·b])."""
-        config = self.objective
-        needs_mean = config.name == "grpo_guard" or config.kl_weight > 0
-        out = replay(self.editor, trajectories, rows, turn, steps, return_mean=needs_mean)
-        assert out.log_prob is not None  # stored steps are stochastic
-        keep = result.keep[rows].repeat(len(steps))
-        advantage = result.advantages[rows, turn].repeat(len(steps))
-        dt, std = trajectories.step_constants(rows, steps)
-        clip = {"clip_range": config.clip_range, "advantage_clip": config.advantage_clip}
-        if config.name == "grpo":
-            objective = grpo(out.log_prob[keep], old_log_prob[keep], advantage[keep], **clip)
+    def _plan(self, batch: UpdateBatch, shares: list[list[Chunk]]) -> list[int]:
+        """Samples of every optimizer step over all processes; marks its chunks, and pads them if need be."""
+        own = [(_samples(batch, share), len(share)) for share in shares]
+        everywhere = distributed.gather_objects(own)
+        totals, on_policy = [], True
+        for number, share in enumerate(shares):
+            samples, forwards = zip(*(process[number] for process in everywhere), strict=True)
+            if self.sharded:
+                share += [_padding(batch) for _ in range(max(forwards) - len(share))]
+            for chunk in share:
+                chunk.on_policy = on_policy
+            totals.append(sum(samples))
+            on_policy = on_policy and totals[-1] == 0
+        return totals
+
+    def _step(self, stats: UpdateStats) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if torch.isfinite(norm):  # the same on every process, the gradients being summed
+            self.optimizer.step()
+            self.on_step()
+            self._skipped_in_a_row = 0
+            stats.steps += 1
+            stats.record(grad_norm=norm)
         else:
-            assert trajectories.means is not None
-            old_mean = trajectories.means[rows, turn, steps.start : steps.stop].transpose(0, 1).flatten(0, 1)
-            objective = grpo_guard(
-                out.log_prob[keep],
-                old_log_prob[keep],
-                advantage[keep],
-                out.mean[keep],
-                old_mean[keep],
-                dt=dt[keep],
-                std=std[keep],
-                mean_over=config.guard_mean,
-                **clip,
+            self._skipped_in_a_row += 1
+            stats.skipped += 1
+        self.optimizer.zero_grad()
+        if self._skipped_in_a_row >= self.config.max_skipped:
+            raise FloatingPointError(
+                f"gradient: not finite in {self._skipped_in_a_row} optimizer steps in a row (optimizer.max_skipped); "
+                "none of them was taken, the weights and the last checkpoint are good: lower optimizer.lr or look at "
+                "the rewards, then start again to go on"
             )
-        if config.kl_weight:
-            with torch.no_grad(), self.reference_policy():
-                mean_ref = replay(self.editor, trajectories, rows, turn, steps).mean
-            kl = kl_to_reference(out.mean[keep], mean_ref[keep], std=std[keep], dt=dt[keep], form=config.kl_form)
-            objective = objective._replace(loss=objective.loss + config.kl_weight * kl)
-        return out, objective
 
-    @torch.no_grad()
-    def _old_log_probs(self, trajectories: Trajectories, batches: list[slice]) -> dict[tuple[int, int, int], Tensor]:
-        """Log-probs under the rollout's weights in the update's batch shape, by (first row, turn, first step)."""
-        result = {}
-        for rows in batches:
-            for turn, steps in self._chunks(trajectories):
-                log_prob = replay(self.editor, trajectories, rows, turn, steps, return_mean=False).log_prob
-                assert log_prob is not None
-                result[rows.start, turn, steps.start] = log_prob
-        return result
 
-    def _chunks(self, trajectories: Trajectories) -> Iterator[tuple[int, range]]:
-        """(turn, positions in the stored window) of every forward."""
-        size, stored = self.config.steps_per_forward, len(trajectories.steps)
-        for turn in range(trajectories.turns):
-            for start in range(0, stored, size):
-                yield turn, range(start, min(start + size, stored))
+def _samples(batch: UpdateBatch, share: list[Chunk]) -> int:
+    """Kept samples of one optimizer step; waits for the device once."""
+    return int(batch.keep[torch.cat([chunk.rows for chunk in share])].sum()) if share else 0
 
-    @contextmanager
-    def reference_policy(self) -> Iterator[None]:
-        """The frozen model: the adapter switched off, never a second copy."""
-        model = self.accelerator.unwrap_model(self.editor.transformer)
-        model.disable_adapters()
-        try:
-            yield
-        finally:
-            model.enable_adapters()
+
+def _padding(batch: UpdateBatch) -> Chunk:
+    row = torch.zeros(1, dtype=torch.int64, device=batch.keep.device)
+    return Chunk(row, 0, row, padding=True)
+
+
+def chunked(rows: Tensor, turns: int, indices: int, size: int) -> list[Chunk]:
+    """Chunks of at most `size` samples (row, index) of every turn, rows outermost."""
+    device = rows.device
+    sample_rows = rows.repeat_interleave(indices)
+    sample_index = torch.arange(indices, device=device).repeat(len(rows))
+    return [
+        Chunk(part_rows, turn, part_index)
+        for turn in range(turns)
+        for part_rows, part_index in zip(sample_rows.split(size), sample_index.split(size), strict=True)
+        if len(part_rows)
+    ]

@@ -6,23 +6,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mtedit_fast.training.config import load_config
+from mtedit_fast.training.config_file import load_config
 from mtedit_fast.training.playground.data import write_dataset
 from mtedit_fast.training.run import train
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIGS = {
+    objective: Path(__file__).parents[1] / "configs" / name
+    for objective, name in (("grpo", "demo.yaml"), ("nft", "demo_nft.yaml"))
+}
 TRAIN_CHAINS, HELD_OUT_CHAINS = 2000, 400
 
 
 def run_demo(
-    output: Path, *, seed: int = 0, control: str = "none", overrides: list[str] | None = None, fresh: bool = False
+    output: Path | None = None,
+    *,
+    objective: str = "grpo",
+    seed: int = 0,
+    control: str = "none",
+    overrides: list[str] | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Write the scenes, train by `configs/demo.yaml`, report; returns the summary. A stopped demo goes on."""
+    """Write the scenes, train by the objective's configuration, report; returns the summary. A stopped demo goes on.
+
+    Raises:
+        ValueError: an objective without a configuration.
+    """
+    if objective not in CONFIGS:
+        raise ValueError(f"objective: expected one of {', '.join(CONFIGS)}, got {objective!r}")
+    output = output or Path("runs") / CONFIGS[objective].stem
     if fresh and output.exists():
         shutil.rmtree(output)
     data = output / "data"
     config = load_config(
-        CONFIG,
+        CONFIGS[objective],
         [
             f"run.output_dir={output}",
             f"run.seed={seed}",

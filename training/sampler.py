@@ -1,0 +1,100 @@
+"""The rollout half of an iteration: trajectories of the sampling policy, and their rewards while sampling goes on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from mtedit_fast.editors import Editor
+from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
+from mtedit_fast.sampling import sde_window
+from mtedit_fast.timing import PhaseTimer
+from mtedit_fast.training.adapters import Adapters
+from mtedit_fast.training.config import TrainConfig
+from mtedit_fast.training.data import Record
+from mtedit_fast.training.rewards import RewardBatch, RewardStream, step_rewards
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Sampler:
+    """Rolls out with θ, or with the old policy where an objective samples from it, and scores what comes out."""
+
+    def __init__(self, editor: Editor, adapters: Adapters, config: TrainConfig, timer: PhaseTimer):
+        self.editor, self.adapters, self.config, self.timer = editor, adapters, config, timer
+
+    def __call__(
+        self, records: list[Record], *, iteration: int, first_group: int = 0
+    ) -> tuple[Trajectories, dict[str, Tensor]]:
+        """G trajectories per record with the sampling policy, and every reward of them, [B, K] or [B, K, S+1].
+
+        Args:
+            iteration: of the run; noise depends on it.
+            first_group: number of the first record's group in the whole iteration, over all processes.
+        """
+        config, size = self.settings(iteration), self.config.rollout.group_size
+        references = torch.stack([record.image for record in records]).to(self.editor.device)
+        last = first_group + len(records)
+        seeds = sample_seeds(self.config.run.seed, iteration, last * size)[first_group * size :]
+        sampler = nullcontext() if self._samples_with_policy else self.adapters.old()
+        with RewardStream(self.config.rewards) as stream:
+            with self.timer("rollout"), sampler:
+                trajectories = rollout(
+                    self.editor,
+                    references,
+                    [record.instructions for record in records],
+                    config,
+                    seeds,
+                    timer=self.timer,
+                    on_finished=lambda rows, part: stream.submit(self._reward_batch(records, references, rows, part)),
+                )
+            trajectories.raise_if_not_finite()
+            with self.timer("reward"):  # what is left of it
+                rewards = stream.result()
+                if self.config.advantage.credit == "dense_ode":
+                    whole = self._reward_batch(records, references, slice(0, len(trajectories)), trajectories.images)
+                    rewards = step_rewards(self.editor, trajectories, whole, self.config.rewards)
+        trajectories.group = trajectories.group + first_group
+        return trajectories, rewards
+
+    @property
+    def _samples_with_policy(self) -> bool:
+        return not self.config.objective.likelihood_free or self.adapters.old_is_current
+
+    def _reward_batch(self, records: list[Record], references: Tensor, rows: slice, edits: Tensor) -> RewardBatch:
+        """What rewards see of the trajectories at `rows`, whose images are `edits`."""
+        owners = [row // self.config.rollout.group_size for row in range(rows.start, rows.stop)]
+        return RewardBatch(
+            references=references[owners],
+            edits=edits,
+            instructions=[records[owner].instructions for owner in owners],
+            records=[records[owner].fields() for owner in owners],
+        )
+
+    def settings(self, iteration: int) -> RolloutConfig:
+        """The sampler's settings, with this iteration's SDE window."""
+        config = self.config.rollout
+        window = None
+        if config.window is not None:
+            window = sde_window(
+                config.num_steps,
+                config.window.size,
+                lo=config.window.lo,
+                hi=config.window.hi,
+                seed=self.config.run.seed * 1_000_003 + iteration,
+            )
+        return RolloutConfig(
+            group_size=config.group_size,
+            num_steps=config.num_steps,
+            variant=config.variant,
+            eta=config.eta,
+            window=None if window is None else (window.start, window.stop),
+            micro_batch=config.micro_batch,
+            guidance_scale=config.guidance_scale,
+            latent_chain=config.latent_chain,
+            keep_means=self.config.objective.name == "grpo_guard",
+            keep_estimates=self.config.advantage.credit == "dense_ode",
+            state_dtype=DTYPES[config.state_dtype],
+        )
