@@ -4,16 +4,13 @@ python benchmarks/bench_sde_step.py                      appends to benchmarks/r
 pytest benchmarks/bench_sde_step.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 """
 
-import argparse
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+import op_bench
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +22,6 @@ from mtedit_fast.ops.sde_step import reference_forward
 SIGMAS = (0.96, 0.91)  # a step of a shifted schedule
 ETA = 0.9
 VARIANTS = ("sample", "seed", "replay", "backward")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"cpu": ((8, 1024, 64), (8, 4096, 64)), "cuda": ((1, 4096, 64), (8, 4096, 64), (32, 4096, 64), (64, 4096, 64))}
 
 
@@ -189,89 +185,31 @@ def error(case: Case, result: Result, x: Inputs, *, own_noise: bool = False) -> 
 
 
 def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> harness.Row:
-    """Measures ours and its peers on the same inputs.
+    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
 
-    Raises:
-        RuntimeError: an implementation's results are not those of fp64, so that its time means nothing.
-    """
-    generator = torch.Generator(case.device).manual_seed(0)
-    sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, case.device))]
-    calls: dict[str, list[harness.Call]] = {}
-    errors: dict[str, float] = {}
-    for name, make in IMPLEMENTATIONS.items():
-        if name == "compile" and not compile:
-            continue
-        run = make(case)
-        errors[name] = error(case, run(sets[0]), sets[0], own_noise=name != "ours" and case.variant == "seed")
-        if not errors[name] <= 1:
-            raise RuntimeError(f"{name} {case}: {errors[name]:.3g} times the error that is allowed: no row")
-        calls[name] = [partial(run, x) for x in sets]
-    times = harness.measure(calls, case.device, graph=graph, min_seconds=min_seconds)
-    own, peer = times["ours"], times.get("compile")
-    gb_per_s = case.bytes / own.median / 1e3
-    return harness.Row(
-        **columns(case, graph),
-        median_us=own.median,
-        p20_us=own.p20,
-        p80_us=own.p80,
-        bytes=case.bytes,
-        flops=case.flops,
-        gb_per_s=round(gb_per_s, 3),
-        gflop_per_s=round(case.flops / own.median / 1e3, 3),
-        copy_gb_per_s=round(copy_gb_per_s, 3),
-        percent_of_copy=round(100 * gb_per_s / copy_gb_per_s, 1),
-        eager_us=times["eager"].median,
-        compile_us=peer.median if peer else None,
-        speedup_eager=round(times["eager"].median / own.median, 2),
-        speedup_compile=round(peer.median / own.median, 2) if peer else None,
-        error=round(errors["ours"], 4),
-    )
+    def judge(name: str, result: Any, x: Inputs) -> float:
+        return error(case, result, x, own_noise=name != "ours" and case.variant == "seed")
+
+    options: dict[str, Any] = {"graph": graph, "compile": compile, "min_seconds": min_seconds}
+    return op_bench.measure(case, columns(case, graph), IMPLEMENTATIONS, judge, copy_gb_per_s, **options)
 
 
-def columns(case: Case, graph: bool) -> dict:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return harness.environment(case.device) | {
-        "op": "sde_step",
-        "variant": case.variant,
-        "shape": "x".join(map(str, case.shape)),
-        "dtype": names[case.dtype],
-        "backend": choose_backend("auto", case.device, (case.dtype,)),
-        "timing": "graph" if graph else "stream" if case.device.type == "cuda" else "call",
-    }
+def columns(case: Case, graph: bool) -> dict[str, Any]:
+    backend = choose_backend("auto", case.device, (case.dtype,))
+    return op_bench.columns(case, "sde_step", backend, graph)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "sde_step.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", action="append", help="8x4096x64; may be repeated (default: several)")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32 and bf16")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="per implementation and row")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes most of the time")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape or []] or SHAPES[device.type]
-    dtypes = [DTYPES[name] for name in args.dtype or ["fp32", "bf16"]]
-    graphs = (True, False) if device.type == "cuda" else (False,)
-    rows = itertools.product(shapes, dtypes, args.variant or VARIANTS, graphs)
-    cases = [(Case(variant, shape, dtype, device), graph) for shape, dtype, variant, graph in rows]
-    done = set(harness.measured(args.out))
-    left = [(case, graph) for case, graph in cases if harness.identity(columns(case, graph)) not in done]
-    if not left:
-        print(f"{args.out} holds all {len(cases)} rows of this commit already")
-        return
-    copy = harness.copy_bandwidth(device, min_seconds=args.min_seconds)
-    print(f"{harness.device_name(device)}: copy {copy:.1f} GB/s read + written")
-    for case, graph in left:
-        row = bench(case, copy, graph=graph, compile=not args.no_compile, min_seconds=args.min_seconds)
-        harness.append(args.out, row)
-        print(
-            f"{row.variant:9}{row.shape:12}{row.dtype:6}{row.backend:10}{row.timing:7}{row.median_us:10.1f} µs "
-            f"{row.gb_per_s:8.1f} GB/s {row.percent_of_copy:6.1f} % of copy; eager {row.speedup_eager}x, "
-            f"compile {row.speedup_compile}x",
-            flush=True,
-        )
+    op_bench.command(
+        __doc__,
+        harness.RESULTS / "sde_step.csv",
+        Case,
+        bench,
+        columns,
+        variants=VARIANTS,
+        shapes=SHAPES,
+        arguments=arguments,
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -279,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_sde_step(benchmark, variant: str, dtype: str, implementation: str) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (8, 4096, 64), DTYPES[dtype], device)
+    case = Case(variant, (8, 4096, 64), op_bench.DTYPES[dtype], device)
     generator = torch.Generator(device).manual_seed(0)
     sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, device))]
     run = IMPLEMENTATIONS[implementation](case)

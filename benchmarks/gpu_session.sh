@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the kernel tests, then the benches in order of value, results written as they come.
-# Run again, it goes on where it stopped: finished steps and rows already measured at this commit are left out.
+# On a machine with a GPU: the tests that need it, then the benches in order of value, results written as they come.
+# Run again with the same OUT, it goes on where it stopped: what $OUT holds of this commit is left out.
 #
-#   TIME_LIMIT=1500   seconds for everything        OUT=benchmarks/results   where results go
+#   TIME_LIMIT=570    seconds for everything        OUT=benchmarks/results   the CSV files, and session.log
 #   PYTHON=python3    needs torch >= 2.11 and triton; wheels in .whl/ are added to it for this run only
+#   COMMIT=...        where there is no git
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-TIME_LIMIT=${TIME_LIMIT:-1500}
+TIME_LIMIT=${TIME_LIMIT:-570}
 OUT=${OUT:-benchmarks/results}
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -17,6 +18,7 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2
 fi
 
 mkdir -p "$OUT"
+LOG=$OUT/session.log
 deadline=$((SECONDS + TIME_LIMIT))
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 COMMIT=${COMMIT:-$(git describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)}
@@ -28,24 +30,39 @@ if compgen -G '.whl/*.whl' >/dev/null; then
   export PYTHONPATH=$PYTHONPATH:$site
 fi
 
-# step NAME COMMAND...: once per commit, within what is left of the time; output also goes to $OUT/NAME.log
+say() { echo "== $*" | tee -a "$LOG"; }
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+finished() { grep -qxF "== $1: done at $COMMIT" "$LOG" 2>/dev/null; }
+
+# step NAME SECONDS COMMAND...: once per commit, within SECONDS and what is left of the session
 step() {
-  local name=$1 left=$((deadline - SECONDS))
-  shift
-  if grep -qxF "$name $COMMIT" "$OUT/done.txt" 2>/dev/null; then
-    echo "== $name: done before"
-    return 0
-  fi
+  local name=$1 limit=$2 left=$((deadline - SECONDS))
+  shift 2
+  finished "$name" && return 0
   if ((left < 20)); then
-    echo "== $name: no time left, run the session again"
+    say "no time left for $name: run the session again"
+    exit 1
+  fi
+  if ((limit > left)); then limit=$left; fi
+  say "$name, $limit s at most"
+  if timeout "$limit" "$@" 2>&1 | tee -a "$LOG"; then
+    say "$name: done at $COMMIT"
+  else
+    say "$name: failed or ran out of time"
     return 1
   fi
-  echo "== $name (${left} s left)"
-  if timeout "$left" "$@" 2>&1 | tee "$OUT/$name.log"; then
-    echo "$name $COMMIT" >>"$OUT/done.txt"
+}
+
+tests() { step "tests of $1" 240 "$PYTHON" -m pytest -q -x -p no:cacheprovider "${@:2}"; }
+
+# bench NAME SECONDS TESTS FILE OPTIONS...: a row counts only where the tests are green
+bench() {
+  local name=$1 limit=$2 green=$3 file=$4
+  shift 4
+  if finished "tests of $green"; then
+    step "$name" "$limit" "$PYTHON" "$file" --device cuda --out "$OUT/$(basename "$file" .py | cut -c7-).csv" "$@"
   else
-    echo "== $name: failed or ran out of time"
-    return 1
+    say "$name: left out, the tests of $green are not green"
   fi
 }
 
@@ -53,24 +70,44 @@ machine() {
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv
   "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)'
   nvcc --version 2>/dev/null | tail -1 || echo "no nvcc"
-  if ldconfig -p | grep libnvinfer; then echo "TensorRT: present"; else
-    "$PYTHON" -c 'import tensorrt; print("TensorRT:", tensorrt.__version__)' 2>/dev/null || echo "TensorRT: absent"
-  fi
+  for package in diffusers transformers peft torchao tensorrt; do
+    "$PYTHON" -c "import $package as p; print('$package', p.__version__)" 2>/dev/null || echo "no $package"
+  done
 }
-machine 2>&1 | tee "$OUT/machine.txt"
+machine 2>&1 | tee -a "$LOG"
+"$PYTHON" setup.py -q build_ext --inplace >>"$LOG" 2>&1 || say "csrc did not build"
 
-"$PYTHON" setup.py -q build_ext --inplace >"$OUT/build.log" 2>&1 || echo "csrc did not build: see $OUT/build.log"
+schedules=() extension=()
+if has diffusers; then schedules=(tests/test_sde_step_schedule.py); fi
+if has mtedit_fast._C && has pybind11; then extension=(tests/test_csrc.py); else say "no csrc: without its tests"; fi
+tests nft_loss tests/test_nft_loss.py tests/test_nft_loss_errors.py tests/test_nft_loss_registration.py tests/test_crd_loss.py
+tests sde_step tests/test_sde_step.py tests/test_sde_step_triton.py tests/test_sde_step_registration.py \
+  tests/test_sde_step_errors.py tests/test_seeded_noise.py "${schedules[@]}"
+tests token_similarity tests/test_token_similarity.py tests/test_token_similarity_registration.py \
+  tests/test_token_similarity_errors.py
+tests crop_resize tests/test_crop_resize.py tests/test_crop_resize_errors.py "${extension[@]}"
+if has diffusers && has pydantic; then
+  tests update tests/test_rollout.py tests/test_adapters.py tests/test_update.py
+  tests consistency tests/test_consistency.py
+else
+  say "no diffusers or no pydantic: without the tests and benches of whole models"
+fi
 
-# A row counts only where the tests are green. Those of the kernels need torch and triton alone; the others what they name.
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
-tests=(tests/test_sde_step.py tests/test_sde_step_triton.py tests/test_sde_step_registration.py)
-tests+=(tests/test_sde_step_errors.py tests/test_seeded_noise.py)
-if has diffusers; then tests+=(tests/test_sde_step_schedule.py); else echo "no diffusers: without its schedules"; fi
-if has mtedit_fast._C && has pybind11; then tests+=(tests/test_csrc.py); else echo "no csrc: leaving out tests/test_csrc.py"; fi
-step tests "$PYTHON" -m pytest -q -x "${tests[@]}" || exit 1
-
-bench=("$PYTHON" benchmarks/bench_sde_step.py --out "$OUT/sde_step.csv")
-step sde_step_large "${bench[@]}" --shape 32x4096x64 || exit 1
-step sde_step "${bench[@]}" || exit 1
-step sde_step_fp16 "${bench[@]}" --dtype fp16 --shape 8x4096x64 || exit 1
-echo "== all done: results in $OUT"
+bench "update" 420 update benchmarks/bench_update.py --full --only nft
+bench "update, compiled" 540 update benchmarks/bench_update.py --full --only compile
+bench "update, compaction and replay" 420 update benchmarks/bench_update.py --full --only compaction --only grpo
+if has torchao; then
+  bench "update, fp8" 540 update benchmarks/bench_update.py --full --only fp8
+else
+  say "no torchao: without the fp8 rows of the update"
+fi
+bench "consistency" 240 consistency benchmarks/bench_consistency.py --full
+bench "nft_loss, large" 240 nft_loss benchmarks/bench_nft_loss.py --shape 32x4096x64
+bench "token_similarity" 540 token_similarity benchmarks/bench_token_similarity.py
+bench "crop_resize" 240 crop_resize benchmarks/bench_crop_resize.py
+bench "adapters" 240 update benchmarks/bench_adapters.py
+bench "sde_step, large" 240 sde_step benchmarks/bench_sde_step.py --shape 32x4096x64
+bench "nft_loss" 540 nft_loss benchmarks/bench_nft_loss.py
+bench "sde_step" 540 sde_step benchmarks/bench_sde_step.py
+bench "sde_step, fp16" 240 sde_step benchmarks/bench_sde_step.py --dtype fp16 --shape 8x4096x64
+say "the end: results in $OUT"

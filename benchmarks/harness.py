@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Timing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a results file. Times are microseconds per call; an empty peer was not measured."""
+class Measured:
+    """How every line of an op's results file begins. Times are microseconds per call."""
 
     date: str
     commit: str
@@ -59,12 +59,51 @@ class Row:
     gflop_per_s: float
     copy_gb_per_s: float
     percent_of_copy: float
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """Beside the eager form and `torch.compile`; an empty peer was not measured."""
+
     eager_us: float | None
     compile_us: float | None
     speedup_eager: float | None
     speedup_compile: float | None
     error: float
     """Largest error against fp64, as a fraction of what the check allows."""
+
+
+def compared(
+    columns: Mapping[str, Any],
+    times: Mapping[str, Timing],
+    *,
+    bytes: int,
+    flops: int,
+    copy_gb_per_s: float,
+    error: float,
+    own: str = "ours",
+    eager: str = "eager",
+) -> Row:
+    """The row of `own`, beside its peers `eager` and, where it was measured, "compile"."""
+    time, peer = times[own], times.get("compile")
+    gb_per_s = bytes / time.median / 1e3
+    return Row(
+        **columns,
+        median_us=time.median,
+        p20_us=time.p20,
+        p80_us=time.p80,
+        bytes=bytes,
+        flops=flops,
+        gb_per_s=round(gb_per_s, 3),
+        gflop_per_s=round(flops / time.median / 1e3, 3),
+        copy_gb_per_s=round(copy_gb_per_s, 3),
+        percent_of_copy=round(100 * gb_per_s / copy_gb_per_s, 1),
+        eager_us=times[eager].median,
+        compile_us=peer.median if peer else None,
+        speedup_eager=round(times[eager].median / time.median, 2),
+        speedup_compile=round(peer.median / time.median, 2) if peer else None,
+        error=round(error, 4),
+    )
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -89,24 +128,29 @@ def _summary(seconds: Sequence[float]) -> Timing:
 
 
 def measure(
-    peers: Mapping[str, Sequence[Call]], device: torch.device, *, graph: bool = False, min_seconds: float = 0.5
+    peers: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    *,
+    graph: bool = False,
+    min_seconds: float = 0.5,
+    samples: int = 20,
 ) -> dict[str, Timing]:
     """Times each peer's calls, going round, after one round to warm up.
 
     Peers take turns call by call, so that whatever else the machine does falls on all of them alike. It goes on for
-    `min_seconds` per peer, and 20 samples.
+    `min_seconds` per peer, and `samples` times at least.
     """
     for calls in peers.values():
         for call in calls:
             call()
     timers = {name: (_cpu_timer if device.type == "cpu" else _gpu_timer)(calls, graph) for name, calls in peers.items()}
-    samples: dict[str, list[float]] = {name: [] for name in peers}
+    found: dict[str, list[float]] = {name: [] for name in peers}
     until = time.perf_counter() + min_seconds * len(peers)
     for count in itertools.count():
-        if count >= 20 and time.perf_counter() >= until:
-            return {name: _summary(seconds) for name, seconds in samples.items()}
+        if count >= samples and time.perf_counter() >= until:
+            return {name: _summary(seconds) for name, seconds in found.items()}
         for name, timer in timers.items():
-            samples[name].append(timer())
+            found[name].append(timer())
     raise AssertionError
 
 
@@ -206,13 +250,13 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def append(path: Path, row: Row) -> None:
-    """Adds a row, and the header to a new file.
+def append(path: Path, row: Any) -> None:
+    """Adds a row, a `Row` or another dataclass, and the header to a new file.
 
     Raises:
         ValueError: the file has other columns.
     """
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(row)]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:

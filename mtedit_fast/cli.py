@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mtedit_fast.cli_edival import edival_app, evaluate
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 playground_app = typer.Typer(no_args_is_help=True, help="The tiny world: data, weights and their success rates.")
 app.add_typer(playground_app, name="playground")
+app.add_typer(edival_app, name="edival")
+app.command()(evaluate)
 
 Overrides = Annotated[
     list[str] | None,
@@ -37,24 +41,68 @@ def train(
     ["Remove the cup", "Add a dog", "Make it dusk"]}. Rewards are your own functions by import path. A run that was
     stopped goes on where it was, bit for bit. TensorBoard: tensorboard --logdir OUTPUT_DIR.
     """
-    from mtedit_fast.training.config import load_config
+    from mtedit_fast.training.config_file import load_config
     from mtedit_fast.training.run import train as run
 
     run(load_config(config, overrides or []))
 
 
 @app.command()
+def memory(
+    config: Annotated[Path, typer.Argument(help="YAML, e.g. training/configs/qwen_image_edit_8gpu.yaml")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="how many the run is divided over")] = 1,
+) -> None:
+    """Estimate the memory that CONFIG takes on each GPU: nothing is downloaded and no GPU is needed."""
+    from mtedit_fast.training.config_file import load_config
+    from mtedit_fast.training.memory import estimate
+
+    Console().print(estimate(load_config(config, overrides or []), gpus).table())
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option(help="folder for data, checkpoints and report.html")] = Path("runs/demo"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="folder for data, checkpoints and report.html; default: runs/demo or runs/demo_nft"),
+    ] = None,
     control: Annotated[str, typer.Option(help="'shuffle' permutes advantages within the batch")] = "none",
+    objective: Annotated[str, typer.Option(help="grpo (training/configs/demo.yaml) or nft (demo_nft.yaml)")] = "grpo",
     seed: Annotated[int, typer.Option(help="of data order, noise and adapter")] = 0,
     fresh: Annotated[bool, typer.Option(help="start over instead of going on from a checkpoint")] = False,
 ) -> None:
     """Train the playground's tiny FLUX.1-Kontext over three turns: minutes on two CPU cores, nothing to download."""
     from mtedit_fast.training.playground.demo import run_demo
 
-    run_demo(output, seed=seed, control=control, overrides=overrides or [], fresh=fresh)
+    run_demo(output, objective=objective, seed=seed, control=control, overrides=overrides or [], fresh=fresh)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="multi_turn")],
+    output: Annotated[Path, typer.Option(help="folder of the runs; finished ones are kept")] = Path("runs/study"),
+    page: Annotated[Path, typer.Option(help="where table and plot go")] = Path("docs/multi_turn.md"),
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … n-1 of every arm")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="of every run")] = 12,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the cores")] = 2,
+    only: Annotated[str | None, typer.Option(help="one factor alone, such as credit or 'group size'")] = None,
+    table: Annotated[bool, typer.Option("--table", help="only write the page, from the runs there are")] = False,
+) -> None:
+    """Train the playground's editor under one switch at a time, over seeds, and write the comparison.
+
+    Credit (broadcast, per turn, reward to go), fusion (advantages, rewards), K = 1, 2, 3, objective (NFT, GRPO, CRD),
+    graded or binary scores, weight of content consistency, group size. About two minutes a run on one core.
+    """
+    if name != "multi_turn":
+        raise ValueError(f"name: expected multi_turn, got {name!r}")
+    from mtedit_fast.training.playground.study import run_study
+    from mtedit_fast.training.playground.study_report import write_study
+
+    console = Console()
+    if not table:
+        run_study(output, seeds=seeds, iterations=iterations, jobs=jobs, only=only, console=console)
+    console.print(f"study: {write_study(output, page)}")
 
 
 @app.command()
@@ -99,6 +147,6 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False)
         sys.exit(2)

@@ -17,7 +17,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_sde_step as bench  # noqa: E402
+import bench_update  # noqa: E402
 import harness  # noqa: E402
+import update_peers  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -143,6 +145,93 @@ def test_the_command_measures_each_row_once(tmp_path, capsys):
         assert 0.1 < float(row["copy_gb_per_s"]) < 10_000
     bench.main([*options.split(), "--out", str(out)])
     assert "holds all 2 rows of this commit already" in capsys.readouterr().out
+
+
+def small(device: torch.device, dtype: torch.dtype = torch.float32) -> update_peers.Case:
+    """4 trajectories of one turn, 2 noise levels and 2 stored steps."""
+    return update_peers.Case("tiny", dtype, device, 1, 4, 1, 3, 2, 2, 2, 3, (3, 8), 2)
+
+
+@pytest.fixture(scope="module")
+def setup() -> update_peers.Setup:
+    return update_peers.Setup(small(CPU))
+
+
+def update_rows(setup: update_peers.Setup, group: str) -> dict[str, bench_update.Row]:
+    rows = {row.backend: row for row in bench_update.bench(setup, group, min_seconds=0.0)}
+    assert all(row.error <= 1 for row in rows.values())
+    for row in rows.values():
+        assert row.baseline_us == rows[row.baseline].median_us
+        assert row.speedup == pytest.approx(row.baseline_us / row.median_us, abs=1e-3)
+        assert row.baseline_peak_bytes == rows[row.baseline].peak_bytes
+    return rows
+
+
+def test_nft_updates_agree_with_the_published_loop_and_skip_what_they_can(setup):
+    rows = update_rows(setup, "nft")
+    counts = {name: (row.grad_rows, row.no_grad_rows) for name, row in rows.items()}
+    assert counts == {
+        "serial both": (8, 16),
+        "both": (8, 16),
+        "serial old": (8, 16),
+        "old": (8, 8),
+        "serial neither": (8, 16),
+        "neither": (8, 0),
+    }
+    velocity = 3 * 16 * 64 * 4  # the loss keeps its four; the published one keeps three of that size
+    assert all(row.peak_bytes <= row.baseline_peak_bytes + 1.01 * velocity for row in rows.values())
+
+
+def test_compacted_updates_agree_with_masked_ones_on_fewer_rows(setup):
+    rows = update_rows(setup, "compaction")
+    assert [rows[f"compact {percent} %"].grad_rows for percent in (0, 25, 50, 75)] == [8, 6, 4, 2]
+    assert all(rows[f"masked {percent} %"].grad_rows == 8 for percent in (0, 25, 50, 75))
+
+
+def test_batched_replay_agrees_with_the_exact_one_and_reports_its_drift(setup):
+    rows = update_rows(setup, "grpo")
+    assert [(name, row.forward_rows) for name, row in rows.items()] == [
+        ("exact", 2),
+        ("batched 3", 3),
+        ("batched 8", 8),
+    ]
+    assert rows["exact"].log_prob_drift == 0
+    assert all(0 <= row.log_prob_drift < 1e-5 for row in rows.values())
+
+
+def test_an_update_with_another_gradient_is_refused(setup, monkeypatch):
+    right = update_peers.published_nft
+    monkeypatch.setattr(update_peers, "published_nft", lambda *args, **options: 1.01 * right(*args, **options))
+    with pytest.raises(RuntimeError, match=r"^nft, both: gradient .* times as far from that of serial both .*: no row"):
+        bench_update.bench(setup, "nft", min_seconds=0.0)
+
+
+def test_fp8_names_what_it_needs(setup, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        bench_update.main(["--device", "cpu", "--fp8"])
+    assert "--fp8: expected a GPU, got --device cpu" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"^--fp8 needs torchao: pip install 'mtedit-fast\[fp8\]'"):
+        setup.low_precision  # noqa: B018
+
+
+def test_the_update_command_measures_each_group_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_update, "tiny", small)
+    options = "--device cpu --dtype bf16 --only grpo --forward-rows 5 --min-seconds 0"
+    arguments = [*options.split(), "--out", str(tmp_path / "a")]
+    bench_update.main(arguments)
+    assert "x of exact (" in capsys.readouterr().out
+    with (tmp_path / "a").open(newline="") as file:
+        rows = [(row["variant"], row["shape"], row["dtype"], row["backend"]) for row in csv.DictReader(file)]
+    assert rows == [("tiny grpo", "1x4x1x48 by 5", "bf16", name) for name in ("exact", "batched 3", "batched 8")]
+    bench_update.main(arguments)
+    assert "holds all 1 groups of this commit already" in capsys.readouterr().out
+
+
+def test_the_full_size_is_a_512_pixel_edit_of_one_group():
+    case = bench_update.full(CPU)
+    assert (case.dtype, case.group_size, case.side) == (torch.bfloat16, 16, 512)
+    assert case.shape == "1x16x1x2560 by 2"  # 512² and its reference, 2 · 32² tokens, and 512 of text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -1,0 +1,292 @@
+"""ContentConsistency end to end against an EdiVal-style loop: PIL, image by image, references embedded again.
+
+python benchmarks/bench_consistency.py           the playground's DINO; appends to benchmarks/results/consistency.csv
+python benchmarks/bench_consistency.py --full    a DINOv3 ViT-B/16 with random weights at 224 pixels, for a GPU
+pytest benchmarks/bench_consistency.py --benchmark-only
+
+Both get the edits as the decoder leaves them, floats on the device, here multiples of 1/255, so that PIL sees the same
+images. `difference` is the largest distance between the two scores: PIL rounds to 8 bits between and after its passes.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import BitImageProcessor, DINOv3ViTConfig, DINOv3ViTModel
+
+from mtedit_fast.edival import ContentConsistency
+from mtedit_fast.edival.background import pixel_boxes
+from mtedit_fast.edival.consistency import IMAGENET_MEAN, IMAGENET_STD
+from mtedit_fast.training.playground.models import load_dino
+from mtedit_fast.training.playground.world import CELLS, GRID, random_scenes, render
+
+ALLOWED = 0.02  # difference between the two scores
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file. Times are microseconds of a whole call."""
+
+    date: str
+    commit: str
+    device: str
+    threads: int
+    python: str
+    torch: str
+    triton: str
+    op: str
+    variant: str
+    shape: str
+    dtype: str
+    backend: str
+    timing: str
+    images: int
+    """Images through the ViT: whole ones and crops, each reference once."""
+    loop_images: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    images_per_s: float
+    flops: int
+    gflop_per_s: float
+    matmul_gflop_per_s: float
+    percent_of_matmul: float
+    """Share of the ViT's roofline: of the rate at which this device multiplies large matrices in this dtype."""
+    vit_us: float
+    percent_of_vit: float
+    """Share of the time that the ViT alone takes for the same images, already cut and in one batch."""
+    loop_us: float
+    speedup_loop: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rollout of `group` members and `turns` turns from one reference, with `boxes` unchanged objects."""
+
+    full: bool
+    device: torch.device
+    group: int = 16
+    turns: int = 3
+    boxes: int = 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.full and self.device.type == "cuda" else torch.float32
+
+    @property
+    def shape(self) -> str:
+        return f"{self.group}x{self.turns}x{self.boxes}x{self.images[1].shape[-1]}"
+
+    @cached_property
+    def model(self) -> Any:
+        if not self.full:
+            return load_dino().to(self.device)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        config = DINOv3ViTConfig(**sizes, patch_size=16, image_size=224, num_register_tokens=4)
+        return DINOv3ViTModel(config).to(self.device, self.dtype).eval()
+
+    @cached_property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """A reference [1, 3, H, W] and edits [B, K, 3, H, W]: playground scenes, noisy, of 8 bits."""
+        generator = torch.Generator().manual_seed(0)
+        cells, background = random_scenes(1, generator)
+        reference = render(cells, background)
+        if self.full:
+            reference = F.interpolate(reference, 512, mode="nearest")
+        noise = torch.randn(self.group, self.turns, *reference.shape[1:], generator=generator)
+        edits = (reference[:, None] + 0.1 * noise).clamp(0, 1)
+        reference, edits = (((255 * x).round() / 255).to(self.device) for x in (reference, edits))
+        return reference, edits
+
+    @property
+    def objects(self) -> list[list[float]]:
+        """The first cells, as boxes."""
+        assert self.boxes <= CELLS
+        return [[(i % GRID + 0.5) / GRID, (i // GRID + 0.5) / GRID, 1 / GRID, 1 / GRID] for i in range(self.boxes)]
+
+    @property
+    def vit_images(self) -> int:
+        return (1 + self.group * self.turns) * (1 + self.boxes)
+
+    @property
+    def flops(self) -> int:
+        """Of the ViT for all images. With T tokens, P patches of p pixels, width D and MLP width M, an image takes
+        2·P·3p²·D for its patches and, per layer, 2·T·(4·D² + 2·D·M) for projections and 4·T²·D for attention."""
+        c = self.model.config
+        patches = (c.image_size // c.patch_size) ** 2
+        tokens = 1 + getattr(c, "num_register_tokens", 0) + patches
+        width = c.hidden_size
+        mlp = getattr(c, "intermediate_size", None) or c.mlp_ratio * width
+        layer = 2 * tokens * (4 * width**2 + 2 * width * mlp) + 4 * tokens**2 * width
+        return self.vit_images * (2 * patches * 3 * c.patch_size**2 * width + c.num_hidden_layers * layer)
+
+
+def ours(case: Case) -> Callable[[], Tensor]:
+    metric = ContentConsistency(case.model)
+    reference, edits = case.images
+    unchanged = [[case.objects] * case.turns] * case.group
+
+    def run() -> Tensor:
+        return metric(reference, edits, unchanged, [case.objects], unchanged, owner=[0] * case.group).score.cpu()
+
+    return run
+
+
+def loop(case: Case) -> Callable[[], Tensor]:
+    """One turn after the other, two images to a forward: each object's crops, then the whole images."""
+    model, size = case.model, case.model.config.image_size
+    registers = getattr(model.config, "num_register_tokens", 0)
+    processor = BitImageProcessor(
+        size={"height": size, "width": size},
+        do_center_crop=False,
+        resample=Image.Resampling.BICUBIC,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    )
+    reference, edits = case.images
+
+    def pil(image: Tensor) -> Image.Image:
+        return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+    def features(*images: Image.Image) -> Tensor:
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        hidden = model(pixel_values=pixels.to(case.device, case.dtype)).last_hidden_state.float()
+        return torch.cat([hidden[:, :1], hidden[:, 1 + registers :]], 1)
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return F.cosine_similarity(a, b, dim=0).item()
+
+    def turn(before: Image.Image, after: Image.Image, boxes: list[list[int]]) -> float:
+        objects = []
+        for box in boxes:
+            a, b = features(before.crop(box), after.crop(box))
+            objects.append(0.5 * cosine(a[0], b[0]) + 0.5 * cosine(a[1:].mean(0), b[1:].mean(0)))
+        mask = Image.new("L", before.size, 255)
+        for left, top, right, bottom in boxes:
+            ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=0)
+        keep = torch.from_numpy(np.asarray(mask) / np.float32(255))[None, None].to(case.device)
+        weight = F.interpolate(keep, size // model.config.patch_size, mode="area").flatten()[:, None]
+        weight = weight * (weight >= 0.5)
+        a, b = ((F.normalize(tokens[1:], dim=-1) * weight).sum(0) / weight.sum() for tokens in features(before, after))
+        return 0.5 * (sum(objects) / len(objects)) + 0.5 * cosine(a, b)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        boxes = pixel_boxes([case.objects], *reference.shape[2:])[0].tolist()
+        return torch.tensor([[turn(pil(reference[0]), pil(edit), boxes) for edit in chain] for chain in edits])
+
+    return run
+
+
+def vit(case: Case) -> Callable[[], Tensor]:
+    """The ViT alone, on as many images in one batch."""
+    size = case.model.config.image_size
+    pixels = torch.randn(case.vit_images, 3, size, size, device=case.device).to(case.dtype)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return case.model(pixel_values=pixels).last_hidden_state[0, 0].cpu()
+
+    return run
+
+
+IMPLEMENTATIONS = {"ours": ours, "loop": loop, "vit": vit}
+
+
+def matmul_gflop_per_s(case: Case, min_seconds: float) -> float:
+    """What the device reaches on a large square product in the model's dtype (its p20)."""
+    size = 8192 if case.device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=case.device).to(case.dtype)
+    times = harness.measure({"matmul": [lambda: a @ b]}, case.device, min_seconds=min_seconds)
+    return 2 * size**3 / times["matmul"].p20 / 1e3
+
+
+def bench(case: Case, min_seconds: float) -> Row:
+    """Raises RuntimeError where ours and the loop do not score alike, so that times mean nothing."""
+    calls = {name: make(case) for name, make in IMPLEMENTATIONS.items()}
+    difference = (calls["ours"]() - calls["loop"]()).abs().max().item()
+    if not difference <= ALLOWED:
+        raise RuntimeError(f"{case}: scores differ by {difference:.3g}, {ALLOWED} is allowed: no row")
+    # each call ends on the host, so that a GPU is timed like a CPU
+    times = harness.measure(
+        {name: [call] for name, call in calls.items()}, torch.device("cpu"), min_seconds=min_seconds
+    )
+    own = times["ours"]
+    gflop_per_s, peak = case.flops / own.median / 1e3, matmul_gflop_per_s(case, min_seconds)
+    return Row(
+        **columns(case),
+        images=case.vit_images,
+        loop_images=2 * case.group * case.turns * (1 + case.boxes),
+        median_us=own.median,
+        p20_us=own.p20,
+        p80_us=own.p80,
+        images_per_s=round(1e6 * case.vit_images / own.median, 1),
+        flops=case.flops,
+        gflop_per_s=round(gflop_per_s, 1),
+        matmul_gflop_per_s=round(peak, 1),
+        percent_of_matmul=round(100 * gflop_per_s / peak, 1),
+        vit_us=times["vit"].median,
+        percent_of_vit=round(100 * times["vit"].median / own.median, 1),
+        loop_us=times["loop"].median,
+        speedup_loop=round(times["loop"].median / own.median, 2),
+        difference=round(difference, 6),
+    )
+
+
+def columns(case: Case) -> dict:
+    return harness.environment(case.device) | {
+        "op": "content_consistency",
+        "variant": "dinov3-vit-b16" if case.full else "playground",
+        "shape": case.shape,
+        "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype],
+        "backend": "auto",
+        "timing": "call",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "consistency.csv")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--full", action="store_true", help="ViT-B/16 at 224 pixels, images of 512")
+    parser.add_argument("--group", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="per implementation, and 20 calls of each")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+    case = Case(args.full, device, args.group, args.turns)
+    if harness.identity(columns(case)) in set(harness.measured(args.out)):
+        print(f"{args.out} holds the row of this commit already")
+        return
+    row = bench(case, args.min_seconds)
+    harness.append(args.out, row)
+    print(
+        f"{row.variant} {row.shape} {row.dtype}: {row.median_us / 1e3:.1f} ms, {row.images_per_s} images/s, "
+        f"{row.percent_of_matmul} % of matmul, {row.percent_of_vit} % of the ViT alone; loop {row.speedup_loop}x, "
+        f"scores differ by {row.difference}"
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_content_consistency(benchmark, implementation: str) -> None:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    case = Case(False, device, group=4)
+    assert (ours(case)() - loop(case)()).abs().max() <= ALLOWED
+    benchmark.group = "content consistency, 4 x 3 turns"
+    benchmark(IMPLEMENTATIONS[implementation](case))
+
+
+if __name__ == "__main__":
+    main()
