@@ -1,5 +1,9 @@
 """Shared fixtures."""
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from op_backends import BACKENDS
 
@@ -8,3 +12,16 @@ from op_backends import BACKENDS
 def backend(request: pytest.FixtureRequest) -> str:
     """Every back end that can run here."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _imports_leave_no_trace() -> Iterator[None]:
+    """A folder put on `sys.path` by one test must not answer the imports of the next one."""
+    before = list(sys.path)
+    yield
+    added = {Path(entry).resolve() for entry in set(sys.path) - set(before)}
+    sys.path[:] = before
+    for name, module in list(sys.modules.items()):
+        source = getattr(module, "__file__", None)
+        if added and source and Path(source).resolve().parent in added:
+            del sys.modules[name]

@@ -30,8 +30,6 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "broken_rewards.py").write_text("import not_a_module_anywhere")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
-    monkeypatch.delitem(__import__("sys").modules, "my_rewards", raising=False)
 
 
 @pytest.fixture
