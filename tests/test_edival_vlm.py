@@ -1,72 +1,11 @@
 """The HTTP client against a local server that answers, fails, stalls and talks nonsense."""
 
-import base64
-import io
-import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from chat_server_fixture import Server, decode
 
 from mtedit_fast.edival.backends import Question
 from mtedit_fast.edival.vlm import HTTPVLM, VLMError, data_url
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each question's n-th attempt with script(text, n): (status, body, seconds to wait)."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script = script
-        self.lock = threading.Lock()
-        self.attempts: dict[str, int] = {}
-        self.requests: list[tuple[str, dict[str, str], dict]] = []
-        self.running = self.most = 0
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][0]["content"][-1]["text"]
-        with self.server.lock:
-            self.server.requests.append((self.path, dict(self.headers), body))
-            attempt = self.server.attempts[text] = self.server.attempts.get(text, 0) + 1
-            self.server.running += 1
-            self.server.most = max(self.server.most, self.server.running)
-        status, reply, seconds = self.server.script(text, attempt)
-        time.sleep(seconds)
-        with self.server.lock:
-            self.server.running -= 1
-        if status == 0:
-            return  # the connection is closed without a word
-        try:
-            self.send_response(status)
-            if status == 429:
-                self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(reply if isinstance(reply, bytes) else answer(reply))
-        except OSError:
-            pass  # the client gave up
-
-    def log_message(self, *args):
-        pass
-
-
-def answer(text):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
 
 
 @pytest.fixture
@@ -79,8 +18,7 @@ def serve():
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.close()
 
 
 def vlm(server, **options):
@@ -107,13 +45,9 @@ def test_the_request(serve):
 
 def test_an_image_survives_its_url():
     levels = torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8)
-    kind, data = data_url(levels.float() / 255).split(",")
-    assert kind == "data:image/png;base64"
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    np.testing.assert_array_equal(picture, levels.permute(1, 2, 0).numpy())
-    outside = data_url(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1).bfloat16())
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(outside.split(",")[1]))))
-    assert picture.tolist() == [[[0, 128, 255]]]
+    assert torch.equal(decode(data_url(levels.float() / 255)), levels)
+    outside = torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1).bfloat16()
+    assert decode(data_url(outside)).flatten().tolist() == [0, 128, 255]
 
 
 def test_answers_keep_their_order_and_few_are_under_way(serve):
