@@ -105,12 +105,18 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     name: str = Field(min_length=1, pattern="^[^/]+$", description="under which it is logged")
     path: str = Field(pattern=r"^[\w.]+:\w+$", description="package.module:function of a RewardBatch -> [B, K]")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
     weight: float = Field(default=1.0, description="in the fusion; 0: only logged")
     range: list[float] | None = Field(
         default=None, min_length=2, max_length=2, description="[lo, hi] of its scores, brought to [0, 1]; null: as is"
     )
     binarize: float | None = Field(
         default=None, description="1 where the score is at least this, else 0; null: the score itself"
+    )
+    audit: str | None = Field(
+        default=None,
+        description="a reward of weight 0, on the same scale, that this one should agree with: a gap that grows over "
+        "training is reported as reward hacking",
     )
 
     @model_validator(mode="after")
@@ -234,6 +240,14 @@ class TrainConfig(Section):
         names = [reward.name for reward in self.rewards]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"rewards: expected distinct names, got {', '.join(sorted(repeated))} more than once")
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        for reward in self.rewards:
+            if reward.audit is not None and (reward.audit == reward.name or weights.get(reward.audit) != 0):
+                unweighted = ", ".join(name for name, weight in weights.items() if weight == 0) or "none here"
+                raise ValueError(
+                    f"rewards: {reward.name}.audit: expected the name of a reward of weight 0 ({unweighted}), "
+                    f"got {reward.audit!r}"
+                )
         deterministic = self.rollout.variant in ("ode", "dpm2m")
         if deterministic and not self.objective.likelihood_free:
             raise ValueError(

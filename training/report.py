@@ -78,7 +78,7 @@ def write_report(run_dir: str | Path) -> Path:
                 "The same scenes and noise before and after training. Green: this turn's instruction succeeded.",
             )
         )
-    sections += [_training(metrics), _timing(metrics)]
+    sections += [_audits(summary, metrics), _training(metrics), _timing(metrics)]
     (run / "report.html").write_text(page(f"mtedit_fast · {run.name}", sections), encoding="utf-8")
     return run / "report.html"
 
@@ -131,6 +131,24 @@ def _by_type(evaluation: dict[str, np.ndarray]) -> str:
     labels = [f"{name.replace('_', chr(10), 1)}\nn={member.sum()}" for name, member in zip(names, members, strict=True)]
     bars = Bars("Marginal success", labels, *rates, *intervals)
     return section("Success per edit type", picture(lambda theme: success_bars(theme, [bars]), "success per type"))
+
+
+def _audits(summary: dict[str, Any], metrics: Sequence[dict[str, float]]) -> str:
+    """Every audited reward beside the one that audits it, on the training batches, and what held-out chains say."""
+    blocks = []
+    for name, found in summary.get("audits", {}).items():
+        lines = {}
+        for label, key in ((name, f"reward/{name}"), (f"{found['against']} (held out)", f"reward/{found['against']}")):
+            points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
+            lines[label] = ([x for x, _ in points], [y for _, y in points])
+        panels = {"Trained reward and its audit": lines}
+        emphasis = "b" if found["hacked"] else "span"
+        blocks.append(
+            f"<p><{emphasis}>{html.escape(found['text'])}</{emphasis}></p>"
+            + picture(partial(curves, panels=panels), f"{name} against {found['against']} over training")
+        )
+    note = "A reward that training sees beside one it never sees, on one scale; the figures are of held-out chains."
+    return section("Can the reward be trusted?", "".join(blocks), note) if blocks else ""
 
 
 # Panels of the training section: title, patterns of keys.

@@ -48,7 +48,7 @@ class RewardBatch:
             raise ValueError(f"records: expected {batch} or none, got {len(self.records)}")
 
 
-Reward = Callable[[RewardBatch], Any]
+Reward = Callable[..., Any]
 
 
 def load_reward(path: str) -> Reward:
@@ -125,7 +125,7 @@ def score(rewards: Sequence[RewardConfig], batch: RewardBatch) -> dict[str, Tens
     shape = batch.edits.shape[:2]
     scores: dict[str, Tensor] = {}
     for reward in rewards:
-        value = load_reward(reward.path)(batch)
+        value = load_reward(reward.path)(batch, **reward.options)
         if not isinstance(value, Tensor):
             try:
                 value = torch.from_numpy(np.array(value, dtype=np.float64))

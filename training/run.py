@@ -19,6 +19,7 @@ from mtedit_fast.editors import EDITORS, Editor, KontextEditor
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.evaluation import Evaluation
+from mtedit_fast.training.overoptimization import audit
 from mtedit_fast.training.plots import edit_grid
 from mtedit_fast.training.report import read_metrics, success_summary, write_report
 from mtedit_fast.training.sampler import DTYPES
@@ -140,6 +141,8 @@ def _summary(config: TrainConfig, output: Path, before: Evaluation | None, after
         name: {"before": before.rewards[name].nanmean().item(), "after": after.rewards[name].nanmean().item()}
         for name in before.rewards
     }
+    if audits := audit(config.rewards, before.rewards, after.rewards):
+        summary["audits"] = {name: found.as_dict() | {"text": found.describe(name)} for name, found in audits.items()}
     if before.success is not None and after.success is not None:
         arrays: dict[str, Any] = {"success_before": before.success.numpy(), "success_after": after.success.numpy()}
         if before.edit_types is not None:
@@ -191,5 +194,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         table.add_row(name, f"{values['before']:.3f}", f"{values['after']:.3f}")
     if table.row_count:
         console.print(table)
+    for found in summary.get("audits", {}).values():
+        console.print(found["text"], style="bold red" if found["hacked"] else "")
     if (error := summary["max_ratio_error_first_update"]) is not None:
         console.print(f"largest |ratio − 1| at the first update: {error}")
