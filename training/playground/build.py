@@ -1,4 +1,4 @@
-"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor and DINO, each stage resumable."""
+"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor, DINO and judge, each stage resumable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import torch
 from diffusers import AutoencoderKL
 from rich.console import Console
 
+from mtedit_fast.training.judge.parts import Parts, save_judge
+
 from .dino import train_dino
 from .editor import load_or_encode, train_editor
 from .evaluate import success
+from .judge import train_judge
+from .judge_data import load_or_make
+from .judge_model import IMAGES, PLAYGROUND_PROMPT, new_judge_model, new_judge_tokenizer
 from .models import WEIGHTS, new_dino, new_pipeline, new_vae
 from .vae import measure_latents, train_vae
 
-STAGES = ("vae", "editor", "dino")
+STAGES = ("vae", "editor", "dino", "judge")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,9 @@ class Recipe:
     editor_steps: int = 1000
     editor_batch: int = 64
     dino_steps: int = 400
+    judge_steps: int = 1600
+    judge_batch: int = 48
+    judge_chains: tuple[int, int] = (3000, 7000)  # edited by the editor, drawn with mistakes
     save_every: int = 50
     evaluate_chains: int = 400
 
@@ -43,9 +51,10 @@ def build(
     work_dir: str | Path = "runs/playground",
     recipe: Recipe | None = None,
 ) -> Path:
-    """Trains the playground's models and saves them in bf16 to out_dir/pipeline and out_dir/dino.
+    """Trains the playground's models and saves them in bf16 to out_dir/pipeline, out_dir/dino, out_dir/judge.
 
-    stages: which of vae, editor, dino to run; the editor needs the VAE of an earlier call with the same work_dir.
+    stages: which of vae, editor, dino, judge to run; the editor needs the VAE of an earlier call with the same
+    work_dir, the judge the editor in out_dir.
     work_dir: checkpoints and encoded triples; a build that was killed goes on from there, with the results of an
     uninterrupted one, unless `resume` is off. Raises ValueError on an unknown stage, FileNotFoundError when the
     editor's VAE is missing.
@@ -105,6 +114,25 @@ def build(
             resume=resume,
         )
         dino.to(torch.bfloat16).save_pretrained(out_dir / "dino")
+    if "judge" in stages:
+        tokenizer = new_judge_tokenizer()
+        judge = new_judge_model(seed + 3, tokenizer)
+        edited, misdone = recipe.judge_chains
+        graded = load_or_make(
+            work_dir / "judge_edits.pt", seed, edited, misdone, editor=out_dir / "pipeline", resume=resume
+        )
+        train_judge(
+            judge,
+            tokenizer,
+            graded,
+            steps=recipe.judge_steps,
+            batch=recipe.judge_batch,
+            checkpoint=work_dir / "judge.pt",
+            seed=3 * seed + 3,
+            save_every=recipe.save_every,
+            resume=resume,
+        )
+        save_judge(out_dir / "judge", Parts(judge.to(torch.bfloat16), tokenizer, IMAGES), PLAYGROUND_PROMPT)
     return out_dir
 
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.edival.consistency import ContentConsistency
+from mtedit_fast.judge import HuggingFaceJudge
 from mtedit_fast.training.rewards import RewardBatch
 
 from . import oracle
 from .instructions import parse
+from .judge_data import cell_status, grade
+from .judge_model import load_judge
 from .models import load_dino
 from .world import CELLS, GRID
 
@@ -33,6 +36,29 @@ def oracle_score(batch: RewardBatch, noise: float = 0.0, seed: int = 0) -> Tenso
     if noise:
         score = score + noise * torch.randn(score.shape, generator=torch.Generator().manual_seed(seed))
     return score.clamp(1, 5).to(batch.edits.device)
+
+
+def oracle_grade(batch: RewardBatch) -> Tensor:
+    """The grade of every turn by the rubric the judge was taught, [B, K] fp32 in {1, …, 5}."""
+    b, k = oracle.check_batch(batch.references, batch.edits, batch.instructions)
+    images = torch.cat([batch.references[:, None], batch.edits], 1)
+    states = oracle.read_states(images.flatten(0, 1))
+    chains = [states[i * (k + 1) : (i + 1) * (k + 1)] for i in range(b)]
+    grades = [
+        [grade(cell_status(chain[j], text, chain[j + 1])) for j, text in enumerate(texts)]
+        for chain, texts in zip(chains, batch.instructions, strict=True)
+    ]
+    return torch.tensor(grades, dtype=torch.float32).to(batch.edits.device)
+
+
+@lru_cache(maxsize=2)
+def _judge(device: torch.device) -> HuggingFaceJudge:
+    return load_judge(device=device)
+
+
+def judge_score(batch: RewardBatch) -> Tensor:
+    """The playground's judge: expected score of every turn from one query per trajectory, [B, K] fp32 in [1, 5]."""
+    return _judge(batch.edits.device).score(batch.references, batch.edits, batch.instructions).score
 
 
 @lru_cache(maxsize=2)
