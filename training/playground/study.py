@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.config_file import load_config
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.evaluation import Evaluation
 from mtedit_fast.training.playground.data import write_dataset
+from mtedit_fast.training.playground.runs import Run, run_in_processes
 from mtedit_fast.training.run import load_editor
 from mtedit_fast.training.trainer import Trainer
 
@@ -128,34 +124,20 @@ def run_study(output: Path, *, seeds: int, iterations: int, jobs: int, only: str
     # Seed by seed, so that a study cut short has whole comparisons.
     runs = [(arm, seed) for seed in range(seeds) for arm in arms]
     todo = [(arm, seed) for arm, seed in runs if not _finished(output / f"{arm.folder}-{seed}", iterations)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    failed = []
-    with (
-        Progress(
-            TextColumn("study"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=console,
-        ) as progress,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        task = progress.add_task("study", total=len(runs), completed=len(runs) - len(todo), shown="")
-        futures = {pool.submit(_in_process, output, arm, seed, iterations, threads): (arm, seed) for arm, seed in todo}
-        for future in as_completed(futures):
-            arm, seed = futures[future]
-            if future.result():
-                failed.append(f"{arm.folder}-{seed}")
-            shown = f"{arm.factor} {arm.name}, seed {seed}"
-            progress.update(task, advance=1, shown=shown)
-            if not console.is_terminal:  # a log file has no live bar
-                console.print(f"run {progress.tasks[task].completed:.0f}/{len(runs)}  {shown}")
-    if failed:
-        raise ChildProcessError(
-            f"runs that failed: {', '.join(failed)}; see log.txt in their folders, then start again"
-        )
+    run_in_processes(
+        "study",
+        [
+            Run(
+                output / f"{arm.folder}-{seed}",
+                f"{arm.factor} {arm.name}, seed {seed}",
+                (__name__, arm.folder, str(seed), str(iterations)),
+            )
+            for arm, seed in todo
+        ],
+        finished=len(runs) - len(todo),
+        jobs=jobs,
+        console=console,
+    )
 
 
 def _finished(folder: Path, iterations: int) -> bool:
@@ -170,19 +152,8 @@ def _finished(folder: Path, iterations: int) -> bool:
     return True
 
 
-def _in_process(output: Path, arm: Arm, seed: int, iterations: int, threads: int) -> int:
-    folder = output / f"{arm.folder}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    code = "import sys; from mtedit_fast.training.playground.study import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(folder), arm.folder, str(seed), str(iterations)]
-    with (folder / "log.txt").open("a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-
-
 def main(folder: str, arm: str, seed: str, iterations: str) -> None:
     """One run, in the process that `run_study` started for it."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run_arm(next(a for a in ARMS if a.folder == arm), Path(folder), int(seed), int(iterations))
 
 
