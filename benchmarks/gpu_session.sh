@@ -85,10 +85,13 @@ tests sde_step tests/test_sde_step.py tests/test_sde_step_triton.py tests/test_s
   tests/test_sde_step_errors.py tests/test_seeded_noise.py "${schedules[@]}"
 tests token_similarity tests/test_token_similarity.py tests/test_token_similarity_registration.py \
   tests/test_token_similarity_errors.py
+tests digit_score tests/test_digit_score.py tests/test_digit_score_registration.py tests/test_digit_score_errors.py \
+  tests/test_digit_score_auto.py tests/test_token_log_probs.py
 tests crop_resize tests/test_crop_resize.py tests/test_crop_resize_errors.py "${extension[@]}"
 if has diffusers && has pydantic; then
   tests update tests/test_rollout.py tests/test_adapters.py tests/test_update.py
   tests consistency tests/test_consistency.py
+  tests judge tests/test_judge_huggingface.py
 else
   say "no diffusers or no pydantic: without the tests and benches of whole models"
 fi
@@ -101,6 +104,8 @@ if has torchao; then
 else
   say "no torchao: without the fp8 rows of the update"
 fi
+bench "judge" 420 judge benchmarks/bench_judge.py --full
+bench "digit_score" 540 digit_score benchmarks/bench_digit_score.py
 bench "consistency" 240 consistency benchmarks/bench_consistency.py --full
 bench "nft_loss, large" 240 nft_loss benchmarks/bench_nft_loss.py --shape 32x4096x64
 bench "token_similarity" 540 token_similarity benchmarks/bench_token_similarity.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mtedit_fast.cli_edival import edival_app, evaluate
+from mtedit_fast.cli_judge import judge_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +24,11 @@ app = typer.Typer(
 playground_app = typer.Typer(no_args_is_help=True, help="The tiny world: data, weights and their success rates.")
 app.add_typer(playground_app, name="playground")
 app.add_typer(edival_app, name="edival")
+app.add_typer(judge_app, name="judge")
 app.command()(evaluate)
+
+STUDIES = {"multi_turn": ("study", "study", 12), "judge": ("judge_study", "judge", 60)}
+"""Name: module, folder of its runs, and how long each is."""
 
 Overrides = Annotated[
     list[str] | None,
@@ -38,8 +44,8 @@ def train(
     """Train a LoRA on multi-turn trajectories of your own images.
 
     Data is JSONL beside its images, one chain a line: {"id": "0001", "image": "images/0001.jpg", "instructions":
-    ["Remove the cup", "Add a dog", "Make it dusk"]}. Rewards are your own functions by import path. A run that was
-    stopped goes on where it was, bit for bit. TensorBoard: tensorboard --logdir OUTPUT_DIR.
+    ["Remove the cup", "Add a dog", "Make it dusk"]}. Rewards are functions by import path: a vision-language judge, and
+    your own. A run that was stopped goes on where it was, bit for bit. TensorBoard: tensorboard --logdir OUTPUT_DIR.
     """
     from mtedit_fast.training.config_file import load_config
     from mtedit_fast.training.run import train as run
@@ -80,29 +86,33 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="multi_turn")],
-    output: Annotated[Path, typer.Option(help="folder of the runs; finished ones are kept")] = Path("runs/study"),
-    page: Annotated[Path, typer.Option(help="where table and plot go")] = Path("docs/multi_turn.md"),
+    name: Annotated[str, typer.Argument(help="multi_turn or judge")],
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the runs, finished ones are kept; default: runs/study, runs/judge")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="where table and plot go; default: docs/NAME.md")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … n-1 of every arm")] = 3,
-    iterations: Annotated[int, typer.Option(min=1, help="of every run")] = 12,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="of every run; default: 12, or 60 for the judge")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the cores")] = 2,
-    only: Annotated[str | None, typer.Option(help="one factor alone, such as credit or 'group size'")] = None,
+    only: Annotated[str | None, typer.Option(help="one factor alone (credit), or one method (real)")] = None,
     table: Annotated[bool, typer.Option("--table", help="only write the page, from the runs there are")] = False,
 ) -> None:
-    """Train the playground's editor under one switch at a time, over seeds, and write the comparison.
+    """Compare ways to train on the playground, over seeds, and write the page with table and plot.
 
-    Credit (broadcast, per turn, reward to go), fusion (advantages, rewards), K = 1, 2, 3, objective (NFT, GRPO, CRD),
-    graded or binary scores, weight of content consistency, group size. About two minutes a run on one core.
+    multi_turn: the editor under one switch at a time: credit, fusion, turns, objective, scores, consistency, group
+    size; about two minutes a run on one core. judge: the judge on a rater's scores by SFT, TRACT, RLOO, GRPO and REAL;
+    about three minutes a run.
     """
-    if name != "multi_turn":
-        raise ValueError(f"name: expected multi_turn, got {name!r}")
-    from mtedit_fast.training.playground.study import run_study
-    from mtedit_fast.training.playground.study_report import write_study
-
-    console = Console()
+    if name not in STUDIES:
+        raise ValueError(f"name: expected one of {', '.join(STUDIES)}, got {name!r}")
+    module, folder, length = STUDIES[name]
+    runs, pages = (import_module(f"mtedit_fast.training.playground.{part}") for part in (module, f"{module}_report"))
+    output, console = output or Path("runs") / folder, Console()
     if not table:
-        run_study(output, seeds=seeds, iterations=iterations, jobs=jobs, only=only, console=console)
-    console.print(f"study: {write_study(output, page)}")
+        runs.run_study(output, seeds=seeds, iterations=iterations or length, jobs=jobs, only=only, console=console)
+    console.print(f"study: {pages.write_study(output, page or Path('docs') / f'{name}.md')}")
 
 
 @app.command()
@@ -119,7 +129,7 @@ def playground_build(
     seed: Annotated[int, typer.Option(help="of every stage")] = 0,
     fresh: Annotated[bool, typer.Option(help="start over instead of resuming from runs/playground")] = False,
 ) -> None:
-    """Train the playground's weights from nothing: VAE, editor, DINO. A stopped build resumes."""
+    """Train the playground's weights from nothing: VAE, editor, DINO, judge. A stopped build resumes."""
     from mtedit_fast.training.playground.build import WEIGHTS, build
 
     build(output or WEIGHTS, seed=seed, resume=not fresh)
