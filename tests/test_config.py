@@ -139,8 +139,8 @@ def test_every_mistake_is_reported_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1\n", r"expected sections such as 'rollout:', got list"),
-        ("", r"expected sections such as 'rollout:', got NoneType"),
+        ("- 1\n", r"expected sections such as 'model:', got list"),
+        ("", r"expected sections such as 'model:', got NoneType"),
         ("a: [", r"not valid YAML"),
         ("run: {seed: 1}\nrun: {seed: 2}\n", r"key 'run' given twice, again in line 2"),
     ],

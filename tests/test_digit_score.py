@@ -117,7 +117,7 @@ def test_values_against_fp64(backend: str, size, normalize: str, bias: bool, tem
 
 
 def test_the_vocabulary_of_a_real_model(backend: str) -> None:
-    x = inputs(3, 4, 15_193 if backend == "triton" and INTERPRETED else 151_936)
+    x = inputs(3, 4, 5193 if backend == "triton" and INTERPRETED else 151_936)
     ids = [15 + i for i in range(5)]
     ours = run(backend, x, ids, normalize="vocab")
     torchs, truth = (literal(y, ids, normalize="vocab") for y in (x, exact(x)))
@@ -178,10 +178,10 @@ def test_the_gradient_is_the_formula() -> None:
 
 
 def test_only_what_is_asked_for_gets_a_gradient(backend: str) -> None:
-    x = inputs(5, 9, 30)
+    x = inputs(3, 9, 30)
     for normalize in ("set", "vocab"):
         whole = gradients(lambda y, o=normalize: run(backend, y, normalize=o), x, ("score",), bias=True)
-        upstream = torch.linspace(-1, 2, 5)
+        upstream = torch.linspace(-1, 2, 3)
         for i in range(3):
             given = [tensor.clone() for tensor in x]
             given[i].requires_grad_()
@@ -274,6 +274,7 @@ def test_tokens_masked_by_an_infinite_bias(backend: str) -> None:
             assert grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
 def test_nan_stays_in_its_row(backend: str) -> None:
     x = inputs(5, 9, 30)
     clean = run(backend, x, normalize="vocab", target=False)
@@ -310,8 +311,8 @@ def test_the_kernel_does_a_row_alone_as_in_a_batch_bit_for_bit(dtype: torch.dtyp
 
 
 def test_views_equal_copies(backend: str) -> None:
-    x = inputs(4, 12, 60)
-    tokens = torch.randn(4, 3, 24)
+    x = inputs(2, 12, 60)
+    tokens = torch.randn(2, 3, 24)
     for hidden, weight in (
         (tokens[:, -1, ::2], x.weight),
         (tokens[:, 1, 5:17], x.weight.T.contiguous().T),
@@ -337,7 +338,7 @@ def test_rows_of_the_score_tokens_are_enough_for_the_set(backend: str) -> None:
 
 def test_outputs_never_keep_what_was_in_memory(backend: str) -> None:
     """Every element is written: memory handed out next is filled with NaN first."""
-    x = inputs(7, 9, 140)._replace(target=torch.tensor([0, 1, 2, 3, 4, 0, 1]))
+    x = inputs(3, 9, 140)._replace(target=torch.tensor([4, 0, 1]))
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:

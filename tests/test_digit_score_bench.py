@@ -35,9 +35,8 @@ def test_implementations_agree_with_fp64(variant: str, dtype: torch.dtype) -> No
     assert all(found <= 1 for found in errors(one, names).values())
 
 
-@pytest.mark.parametrize("variant", ["vocab", "log_probs"])
-def test_the_compiled_peer_agrees_with_fp64(variant: str) -> None:
-    assert errors(case(variant), ["compile"])["compile"] <= 1
+def test_the_compiled_peer_agrees_with_fp64() -> None:
+    assert errors(case("vocab"), ["compile"])["compile"] <= 1
 
 
 @pytest.mark.parametrize("part", ["values", "grads"])

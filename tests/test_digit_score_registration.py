@@ -57,11 +57,10 @@ def test_compiled_log_probs_equal_eager(backend: str, compiler: str, chosen: str
     assert_compiled_equals_eager(log_probs, x[:3], backend=compiler)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("full", "dtype"), [(False, FP32), (True, BF16)])
 def test_opcheck(backend: str, full: bool, dtype: torch.dtype) -> None:  # noqa: F811
-    hidden, weight, bias, _ = (tensor.to(DEVICES[backend]) for tensor in inputs(4, 9, 40, dtype))
-    target = torch.tensor([0, 3, 1, 4], device=hidden.device)
+    hidden, weight, bias, _ = (tensor.to(DEVICES[backend]) for tensor in inputs(2, 9, 40, dtype))
+    target = torch.tensor([0, 3], device=hidden.device)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     operators = torch.ops.mtedit_fast
     more = (bias, target) if full else (None, None)

@@ -12,7 +12,8 @@ from PIL import Image
 
 import mtedit_fast.training.config as configs
 from mtedit_fast.judge.prompts import SCALES
-from mtedit_fast.training.judge.config import JudgeConfig, dump_judge_config, load_judge_config
+from mtedit_fast.training.config_file import dump_config
+from mtedit_fast.training.judge.config import JudgeConfig, load_judge_config
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.judge.run import load_data
 
@@ -158,10 +159,10 @@ def test_the_full_size_example_documents_every_key(tmp_path):
     assert config.model.path == "Qwen/Qwen3-VL-8B-Instruct"
     assert config.method.name == "real"
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("# "))
-    assert head + dump_judge_config(config, comments=True) == text
+    assert head + dump_config(config, comments=True) == text
     for comments in (False, True):
         again = tmp_path / "again.yaml"
-        again.write_text(dump_judge_config(config, comments=comments), encoding="utf-8")
+        again.write_text(dump_config(config, comments=comments), encoding="utf-8")
         assert load_judge_config(again) == config
 
 
@@ -197,7 +198,7 @@ def test_wrong_configurations(override, message):
 
 
 def test_wrong_configuration_files(tmp_path):
-    with pytest.raises(ValueError, match=r"no file .*none\.yaml; expected a YAML file, such as training/configs/judge"):
+    with pytest.raises(ValueError, match=r"no file .*none\.yaml; expected a YAML file, such as those in training/configs"):
         load_judge_config(tmp_path / "none.yaml")
     path = tmp_path / "config.yaml"
     for text, message in (

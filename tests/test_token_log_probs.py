@@ -80,7 +80,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients_against_fp64(backend: str, biased: bool, dtype: torch.dtype, options) -> None:
-    tensors = inputs((2, 3, 5), 33, 150, dtype)
+    tensors = inputs((2, 1, 5), 33, 150, dtype)
     tensors[3] = torch.where(tensors[3] >= 120, 7, tensors[3])
     if not biased:
         tensors[2] = None
@@ -96,7 +96,7 @@ def test_values_and_gradients_against_fp64(backend: str, biased: bool, dtype: to
     assert "vocab_size" not in options or (ours[fields + 1][120:] == 0).all()
 
 
-@pytest.mark.parametrize(("n", "v"), [(0, 33), (1, 1), (1, 33), (3, 129), (64, 128), (4097, 65)])
+@pytest.mark.parametrize(("n", "v"), [(0, 33), (1, 1), (1, 33), (3, 129), (16, 128), (4097, 65)])
 def test_sizes(backend: str, n: int, v: int) -> None:
     n = min(n, 67) if backend == "triton" and INTERPRETED else n
     tensors = inputs((n,), 7, v)
@@ -112,7 +112,7 @@ def test_sizes(backend: str, n: int, v: int) -> None:
 
 
 def test_the_vocabulary_of_a_real_model(backend: str) -> None:
-    tensors = inputs((3,), 4, 15_193 if backend == "triton" and INTERPRETED else 151_936)
+    tensors = inputs((3,), 4, 5193 if backend == "triton" and INTERPRETED else 151_936)
     assert_as_good(run(backend, *tensors), literal(*tensors), literal(*double(tensors)))
 
 
@@ -161,6 +161,7 @@ def test_padding_may_hold_anything(backend: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
 def test_nan_stays_in_its_row(backend: str) -> None:
     tensors = inputs((5,), 9, 40)
     tensors[3] = tensors[3].clamp(min=0)
@@ -280,7 +281,7 @@ def test_views_equal_copies(backend: str) -> None:
 
 def test_outputs_never_keep_what_was_in_memory(backend: str) -> None:
     """Every element is written: memory handed out next is filled with NaN first."""
-    tensors = inputs((7, 3), 9, 140)
+    tensors = inputs((3, 3), 9, 140)
     tensors[3] = tensors[3].clamp(max=129)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from mtedit_fast.training.config import TrainConfig
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,6 +34,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read the configuration of an editor's training; see `read_config`."""
+    return read_config(source, overrides, TrainConfig)
+
+
+def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read a configuration from a YAML file or a mapping, then apply overrides such as `rollout.eta=0.9`.
 
     An override's key is dotted, with an index for a list (`rewards.1.weight=0.5`); its value is YAML. ValueError names
@@ -44,19 +51,21 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         name = str(source)
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"config: no file {name}; expected a YAML file, such as training/configs/demo.yaml")
+            raise ValueError(f"config: no file {name}; expected a YAML file, such as those in training/configs")
         try:
             data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{name}: expected sections such as 'rollout:', got {type(data).__name__}")
+        section = next(iter(schema.model_fields))
+        raise ValueError(f"{name}: expected sections such as '{section}:', got {type(data).__name__}")
     for override in overrides:
         _override(data, override)
     try:
-        return TrainConfig.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise ValueError("\n".join([f"{name}:", *(f"  {_explain(dict(e))}" for e in error.errors())])) from None
+        lines = (f"  {_explain(dict(e), schema)}" for e in error.errors())
+        raise ValueError("\n".join([f"{name}:", *lines])) from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -96,11 +105,11 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(argument)
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], schema: type[BaseModel]) -> str:
     location = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        model: type[BaseModel] = TrainConfig
+        model = schema
         for part in error["loc"][:-1]:
             if isinstance(part, str) and part in model.model_fields:
                 model = next(_models(model.model_fields[part].annotation), model)
@@ -115,8 +124,8 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{location}: {message}, got {error['input']!r}"
 
 
-def dump_config(config: TrainConfig, *, comments: bool = False) -> str:
-    """YAML that `load_config` reads back to an equal configuration; with `comments`, every key with its meaning."""
+def dump_config(config: BaseModel, *, comments: bool = False) -> str:
+    """YAML that reads back to an equal configuration; with `comments`, every key with its meaning."""
     if comments:
         return "\n".join(_documented(config, "")).lstrip("\n") + "\n"
     return yaml.safe_dump(config.model_dump(), sort_keys=False)

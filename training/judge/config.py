@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mtedit_fast.judge.prompts import JudgePrompt
-from mtedit_fast.training import config_file
 from mtedit_fast.training.config import Section
+from mtedit_fast.training.config_file import read_config
 
 IMITATION = ("sft", "tract", "regression")
 POLICY = ("rloo", "grpo", "real")
@@ -146,42 +144,5 @@ class JudgeConfig(Section):
 
 
 def load_judge_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> JudgeConfig:
-    """As `training.config_file.load_config`: YAML, then `key=value` overrides; ValueError names every wrong key, with
-    the nearest valid one, and every wrong value."""
-    name = "config" if isinstance(source, Mapping) else str(source)
-    if isinstance(source, Mapping):
-        data: Any = yaml.load(yaml.safe_dump(dict(source)), config_file._Loader)  # a deep copy of plain values
-    elif Path(source).is_file():
-        try:
-            data = yaml.load(Path(source).read_text(encoding="utf-8"), config_file._Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}: not valid YAML: {error}") from None
-    else:
-        raise ValueError(f"config: no file {name}; expected a YAML file, such as training/configs/judge_real.yaml")
-    if not isinstance(data, dict):
-        raise ValueError(f"{name}: expected sections such as 'method:', got {type(data).__name__}")
-    for override in overrides:
-        config_file._override(data, override)
-    try:
-        return JudgeConfig.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("\n".join([f"{name}:", *(f"  {_explain(dict(e))}" for e in error.errors())])) from None
-
-
-def _explain(error: dict[str, Any]) -> str:
-    if error["type"] != "extra_forbidden":
-        return config_file._explain(error)
-    *parents, key = map(str, error["loc"])
-    model: type[BaseModel] = JudgeConfig
-    for part in parents:
-        model = next(config_file._models(model.model_fields[part].annotation), model)
-    near = difflib.get_close_matches(key, model.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(model.model_fields)}"
-    return f"{'.'.join([*parents, key])}: unknown key; {hint}"
-
-
-def dump_judge_config(config: JudgeConfig, *, comments: bool = False) -> str:
-    """YAML that `load_judge_config` reads back to an equal configuration; with `comments`, every key explained."""
-    if comments:
-        return "\n".join(config_file._documented(config, "")).lstrip("\n") + "\n"
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    """Read the configuration of a judge's training; see `training.config_file.read_config`."""
+    return read_config(source, overrides, JudgeConfig)

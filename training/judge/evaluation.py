@@ -37,12 +37,14 @@ class Scored(NamedTuple):
     """n texts; empty without thinking."""
 
     def line(self) -> dict[str, Any]:
-        """For predictions.jsonl: means over the n answers, None where there is no valid one."""
+        """For predictions.jsonl: means over the n answers and the first alone, None where none is valid."""
         return {
             "id": self.example.id,
             "truth": list(self.example.scores),
             "expected": _none(_mean(self.expected)),
             "sampled": _none(_mean(self.sampled)),
+            "expected_one": _none(self.expected[0]),
+            "sampled_one": _none(self.sampled[0]),
             "mass": _none(_mean(self.mass)),
             "answers": self.answers,
         }

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training.checkpoint import latest, load_checkpoint, save_checkpoint
+from mtedit_fast.training.config_file import dump_config
 from mtedit_fast.training.judge.agreement import METRICS
 from mtedit_fast.training.judge.batch import Packer
-from mtedit_fast.training.judge.config import JudgeConfig, dump_judge_config
+from mtedit_fast.training.judge.config import JudgeConfig
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.judge.evaluation import KINDS, Progress, Scored, predict, summarize
 from mtedit_fast.training.judge.methods import Metrics, Question, Totals, new_method, new_metrics, truth_of
@@ -247,7 +248,7 @@ class JudgeTrainer:
     def _start_log(self) -> Path:
         """config.yaml and metrics.jsonl; lines after the resumed checkpoint are dropped and made again."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "config.yaml").write_text(dump_judge_config(self.config), encoding="utf-8")
+        (self.output_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         path = self.output_dir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) < self.iteration]

@@ -35,9 +35,9 @@ class Recipe:
     editor_steps: int = 1000
     editor_batch: int = 64
     dino_steps: int = 400
-    judge_steps: int = 1600
+    judge_steps: int = 2400
     judge_batch: int = 48
-    judge_chains: tuple[int, int] = (3000, 7000)  # edited by the editor, drawn with mistakes
+    judge_chains: tuple[int, int] = (5000, 9000)  # edited by the editor, drawn with mistakes
     save_every: int = 50
     evaluate_chains: int = 400
 

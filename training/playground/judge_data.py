@@ -15,7 +15,7 @@ from torch import Tensor
 from . import oracle
 from .evaluate import edit_chains
 from .fit import progress_bar, save_atomic
-from .instructions import Chains, closest, parse, sample_chains
+from .instructions import DIRECTIONS, Chains, closest, neighbour, parse, sample_chains
 from .models import load_pipeline
 from .world import BACKGROUNDS, CELLS, CLASSES, SIZE, render
 
@@ -109,10 +109,17 @@ def _misdone(scene: list[int], text: str, rng: Random) -> list[int]:
     after = closest(scene, edit, [*rng.sample(range(CLASSES), CELLS), 0]) if min(scene) >= 0 else None
     after = list(scene) if after is None else after
     changed = [i for i in range(CELLS + 1) if after[i] != scene[i]]
+    placed = [i for i in changed if i < CELLS and after[i] > 0 and scene[i] == 0]
     fate = rng.random()
     if changed and fate < 0.2:  # ignored
         after = list(scene)
-    elif changed and fate < 0.4:  # one place is something else than asked for, or was left out
+    elif placed and fate < 0.4:  # in another place than asked for, as a rule beside it
+        i = rng.choice(placed)
+        beside = [j for j in (neighbour(i, direction) for direction in DIRECTIONS) if j is not None and after[j] == 0]
+        empty = beside if beside and rng.random() < 0.6 else [j for j in range(CELLS) if after[j] == 0 and j != i]
+        if empty:
+            after[rng.choice(empty)], after[i] = after[i], 0
+    elif changed and fate < 0.5:  # one place is something else than asked for, or was left out
         i = rng.choice(changed)
         after[i] = rng.choice([scene[i], rng.randrange(len(BACKGROUNDS) if i == CELLS else CLASSES)])
     if rng.random() < 0.5:  # collateral damage
