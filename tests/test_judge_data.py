@@ -198,7 +198,9 @@ def test_wrong_configurations(override, message):
 
 
 def test_wrong_configuration_files(tmp_path):
-    with pytest.raises(ValueError, match=r"no file .*none\.yaml; expected a YAML file, such as those in training/configs"):
+    with pytest.raises(
+        ValueError, match=r"no file .*none\.yaml; expected a YAML file, such as those in training/configs"
+    ):
         load_judge_config(tmp_path / "none.yaml")
     path = tmp_path / "config.yaml"
     for text, message in (
