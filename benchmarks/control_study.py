@@ -22,6 +22,11 @@ from scipy import stats
 from mtedit_fast.training.playground.demo import run_demo
 from mtedit_fast.training.report import paired_bootstrap
 
+# the question is about the algorithm: the reward is the oracle's graded score, not the demo's learned judge
+EXACT_REWARD = [
+    "rewards.0.path=mtedit_fast.training.playground.rewards:oracle_score",
+    "rewards.0.audit=null",
+]
 RESULTS = Path(__file__).parent / "results" / "control_study.csv"
 
 
@@ -29,7 +34,7 @@ def run(folder: Path, seed: int, control: str, iterations: int) -> dict:
     """Summary of one run, from disk if it is finished."""
     summary = folder / "summary.json"
     if not summary.exists():
-        run_demo(folder, seed=seed, control=control, overrides=[f"run.iterations={iterations}"])
+        run_demo(folder, seed=seed, control=control, overrides=[f"run.iterations={iterations}", *EXACT_REWARD])
         _append(json.loads(summary.read_text()), seed, control)
     return json.loads(summary.read_text())
 

@@ -61,7 +61,7 @@ def test_the_base_is_the_playgrounds_judge_untouched(finished):
 
 
 def test_runs_of_another_length_are_not_mixed(finished):
-    with pytest.raises(ValueError, match="expected 1, the length of the finished run in .*sft-0, got 2"):
+    with pytest.raises(ValueError, match=r"expected 1, the length of the finished run in .*sft-0, got 2"):
         run_study(finished, seeds=1, iterations=2, jobs=1, only=None, console=QUIET)
     with pytest.raises(ValueError, match="only: expected one of base, sft"):
         run_study(finished, seeds=1, iterations=1, jobs=1, only="dpo", console=QUIET)

@@ -37,7 +37,7 @@ class Recipe:
     dino_steps: int = 400
     judge_steps: int = 2400
     judge_batch: int = 48
-    judge_chains: tuple[int, int] = (5000, 9000)  # edited by the editor, drawn with mistakes
+    judge_chains: tuple[int, int] = (5000, 6000)  # edited by the editor, drawn with mistakes
     save_every: int = 50
     evaluate_chains: int = 400
 
