@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from .attention import SharedPrefix, additive, batch_vision_attention, branch_ma
 from .images import ImageSpec, prepare_images
 from .scores import Rows
 from .sequence import Question
+from .vision_language import encode_images, hidden_states
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -158,9 +158,7 @@ class Prefill:
             for start in range(0, len(index), step):
                 part = index[start : start + step]
                 pixels, grid = prepare_images([images[i] for i in part], self.images, dtype=self.model.dtype)
-                out = self.model.model.get_image_features(pixels, grid, return_dict=True)
-                layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-                for i, *own in zip(part, *layers, strict=True):
+                for i, own in zip(part, encode_images(self.model, pixels, grid), strict=True):
                     features[i] = own
                 self.counts.update(images=len(part), vision_forwards=1)
         return features
@@ -178,16 +176,10 @@ class Prefill:
         ids = pad(tokens, self._padding, device)
         longest = ids.shape[1]
         places = torch.stack([torch.nn.functional.pad(p, (0, longest - p.shape[1])) for p in positions], 1)
-        first, *deepstack = map(list, zip(*features, strict=True))
         self.counts.update(forwards=1)
-        return self.model.model(
-            input_ids=ids,
-            position_ids=places.to(device),
-            attention_mask=additive(mask, self.model.dtype) if mask is not None and self.eager else mask,
-            mm_encoder_outputs={"image": SimpleNamespace(pooler_output=first, deepstack_features=deepstack)},
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        if mask is not None and self.eager:
+            mask = additive(mask, self.model.dtype)
+        return hidden_states(self.model, ids, features, places.to(device), mask, cache)
 
     @property
     def _padding(self) -> int:

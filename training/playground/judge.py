@@ -15,6 +15,7 @@ from mtedit_fast.judge.attention import batch_vision_attention, branch_mask
 from mtedit_fast.judge.images import prepare_images
 from mtedit_fast.judge.prompts import JudgePrompt, write_answer
 from mtedit_fast.judge.sequence import encode, split_question
+from mtedit_fast.judge.vision_language import encode_images, hidden_states
 
 from .fit import fit, generator_for, muon_and_adamw
 from .judge_data import Graded, thought
@@ -116,20 +117,15 @@ class JudgeLoss(nn.Module):
             for i, value in ((0, self.tokenizer.pad_token_id), (1, -1), (2, IGNORE))
         )
         pixels, grid = prepare_images(self.graded.images[rows[:, None], states].flatten(0, 1), IMAGES)
-        visual = self.model.model.get_image_features(pixels, grid)
-        hidden = self.model.model(
-            input_ids=ids,
-            attention_mask=branch_mask(branch, torch.zeros(len(branch), dtype=torch.int64), 0),
-            position_ids=branch_positions(self.model, ids, branch, grid),
-            mm_encoder_outputs={"image": visual},
-            image_grid_thw=grid,
-            use_cache=False,
-        ).last_hidden_state
+        features = encode_images(self.model, pixels, grid)
+        positions = branch_positions(self.model, ids, branch, grid)
+        mask = branch_mask(branch, torch.zeros(len(branch), dtype=torch.int64), 0)
+        hidden = hidden_states(self.model, ids, features, positions, mask)
         at = labels != IGNORE
         logits = self.model.lm_head(hidden[at])
         answer = F.cross_entropy(logits, labels[at])
         scenes = self.graded.scenes[rows[:, None], states].long().flatten(0, 1)
-        seen = torch.stack(visual.pooler_output)  # [images, 16, hidden]
+        seen = torch.stack([image[0] for image in features])  # [images, 16, hidden]
         cells = scenes[:, :CELLS].flatten()
         reading = F.cross_entropy(self.cell(seen).flatten(0, 1), cells, ignore_index=-1)
         reading = reading + F.cross_entropy(self.background(seen.mean(1)), scenes[:, CELLS])
