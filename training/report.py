@@ -151,11 +151,11 @@ def _audits(summary: dict[str, Any], metrics: Sequence[dict[str, float]]) -> str
     return section("Can the reward be trusted?", "".join(blocks), note) if blocks else ""
 
 
-# Panels of the training section: title, patterns of keys.
+# Panels of the training section: title, patterns of keys. {} stands for a reward, each of which has its own panel.
 CURVES = {
     "Rewards": (r"reward/[^/]+",),
-    "Rewards per turn": (r"reward/[^/]+/turn\d+",),
-    "Rewards per edit type": (r"reward/[^/]+/type/.+",),
+    "{} per turn": (r"reward/([^/]+)/(turn\d+)",),
+    "{} per edit type": (r"reward/([^/]+)/type/(.+)",),
     "Deviation of rewards within a group": (r"reward_std/.+",),
     "Share of groups without spread": (r"reward_zero_std/.+",),
     "Held-out success during training": (r"eval/.+",),
@@ -174,14 +174,17 @@ def _training(metrics: Sequence[dict[str, float]]) -> str:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     keys = list(dict.fromkeys(key for line in metrics for key in line))
     for title, patterns in CURVES.items():
-        lines = {}
-        for key in (key for key in keys if any(re.fullmatch(pattern, key) for pattern in patterns)):
+        for key in keys:
+            match = next(filter(None, (re.fullmatch(pattern, key) for pattern in patterns)), None)
+            if match is None:
+                continue
             points = [(line["iteration"], line[key]) for line in metrics if line.get(key) is not None]
             x, y = ([point[i] for point in points] for i in (0, 1))
-            name = (key.partition("/")[2] or key).replace("/type/", " ").replace("/", " ")
+            if title.startswith("Undefined") and not any(y):
+                continue
+            reward, name = match.groups() or ("", (key.partition("/")[2] or key).replace("/", " "))
+            lines = panels.setdefault(title.format(reward), {})
             lines[name] = (x, [value - 1 for value in y] if key == "ratio/mean" else y)
-        if lines and not (title.startswith("Undefined") and not any(map(any, (y for _, y in lines.values())))):
-            panels[title] = lines
     if not panels:
         return ""
     titles = list(panels)
