@@ -14,6 +14,7 @@ from mtedit_fast.training.playground.judge_study import (
     ARMS,
     Result,
     agreement_over_seeds,
+    difference,
     main,
     read_results,
     run_study,
@@ -92,3 +93,17 @@ def test_agreement_is_scipys_on_what_could_be_read():
     r = figures["pearson"]["mean"]
     assert figures["pearson"]["high"] - figures["pearson"]["low"] < 8 * (1 - r**2) / np.sqrt(300)
     assert agreement_over_seeds(result, "sampled") is None
+
+
+def test_differences_are_of_pairs():
+    generator = np.random.default_rng(1)
+    truth = generator.integers(1, 6, 200).astype(float)
+    noise = generator.normal(size=(1, 200))
+    close, far = (Result(ARMS[i], truth, {"expected": truth + s * noise}, []) for i, s in ((1, 1.0), (2, 2.0)))
+    found = difference(close, far, "expected", resamples=400)["pearson"]
+    separate = [agreement_over_seeds(r, "expected", resamples=400)["pearson"] for r in (close, far)]
+    assert found["mean"] == pytest.approx(separate[0]["mean"] - separate[1]["mean"])
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["high"] - found["low"] < sum(s["high"] - s["low"] for s in separate)
+    same = difference(close, close, "expected", resamples=50)
+    assert all(value == 0 for figure in same.values() for value in figure.values())

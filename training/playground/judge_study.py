@@ -161,25 +161,39 @@ def agreement_over_seeds(
     """
     if kind not in result.scores:
         return None
+    figures = {}
+    for metric, (per_seed, resampled) in _resampled(result, kind, resamples, seed).items():
+        low, high = np.nanquantile(resampled, [0.025, 0.975])
+        mean = float(np.mean(per_seed))
+        figures[metric] = {"mean": mean, "low": float(low), "high": float(high), "per_seed": per_seed}
+    return figures
+
+
+def difference(
+    result: Result, other: Result, kind: str, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """{metric: {mean, low, high}} of result − other; both see the same resampled edits, so that the interval is that of
+    pairs."""
+    ours, theirs = (_resampled(r, kind, resamples, seed) for r in (result, other))
+    figures = {}
+    for metric in METRICS:
+        low, high = np.nanquantile(ours[metric][1] - theirs[metric][1], [0.025, 0.975])
+        mean = float(np.mean(ours[metric][0]) - np.mean(theirs[metric][0]))
+        figures[metric] = {"mean": mean, "low": float(low), "high": float(high)}
+    return figures
+
+
+def _resampled(result: Result, kind: str, resamples: int, seed: int) -> dict[str, tuple[list[float], np.ndarray]]:
+    """{metric: ([S] of the runs, [resamples] means over resampled runs on resampled edits)}."""
     generator = np.random.default_rng(seed)
     n, runs = len(result.truth), len(result.scores[kind])
     draws = generator.multinomial(n, np.full(n, 1 / n), size=resamples)
+    chosen = generator.integers(runs, size=(resamples, runs))
     weights = np.concatenate([np.ones((1, n)), draws])
     tables = []
     for scores in result.scores[kind]:
         known = ~np.isnan(scores)
         tables.append(weighted_agreement(scores[known], result.truth[known], weights[:, known]))
-    chosen = generator.integers(runs, size=(resamples, runs))
-    figures = {}
-    for metric in METRICS:
-        values = np.array([table[metric] for table in tables])  # [S, 1 + resamples]
-        resampled = values[chosen, np.arange(1, resamples + 1)[:, None]].mean(1)
-        low, high = np.nanquantile(resampled, [0.025, 0.975])
-        per_seed = values[:, 0].tolist()
-        figures[metric] = {
-            "mean": float(np.mean(per_seed)),
-            "low": float(low),
-            "high": float(high),
-            "per_seed": per_seed,
-        }
-    return figures
+    values = {metric: np.array([table[metric] for table in tables]) for metric in METRICS}  # [S, 1 + resamples]
+    rows = np.arange(1, resamples + 1)[:, None]
+    return {metric: (value[:, 0].tolist(), value[chosen, rows].mean(1)) for metric, value in values.items()}

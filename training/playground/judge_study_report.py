@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mtedit_fast.figures import LIGHT, Theme, new_axes, set_title
-from mtedit_fast.training.playground.judge_study import KINDS, Result, agreement_over_seeds, read_results
+from mtedit_fast.training.playground.judge_study import KINDS, Result, agreement_over_seeds, difference, read_results
 from mtedit_fast.training.playground.study_report import MARK
 
 SHOWN = {"pearson": "Pearson", "spearman": "Spearman", "l1": "L1"}
@@ -35,6 +35,7 @@ def write_study(output: Path, page: Path) -> Path:
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
     """{"edits", "methods": {name: {"meaning", "seeds", "seconds", kind: {metric: {mean, low, high, per_seed}}}}}."""
     methods = {}
+    real = next((result for result in results if result.arm.name == "real"), None)
     for result in results:
         kinds = {kind: agreement_over_seeds(result, kind) for kind in KINDS}
         methods[result.arm.name] = {
@@ -44,6 +45,8 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
             "unreadable": [summary["models"][summary["method"]]["invalid"] for summary in result.summaries],
             **{kind: figures for kind, figures in kinds.items() if figures is not None},
         }
+        if real is not None and result is not real:
+            methods[result.arm.name]["real_minus"] = difference(real, result, "expected_one")
     return {"edits": len(results[0].truth), "methods": methods}
 
 
@@ -62,6 +65,13 @@ def table(summary: dict[str, Any]) -> str:
             ]
             seeds = ", ".join(f"{value:.3f}" for value in method[kind]["pearson"]["per_seed"])
             lines.append(f"| {name} | {label} | {' | '.join(cells)} | {seeds} |")
+    compared = {name: method["real_minus"] for name, method in summary["methods"].items() if "real_minus" in method}
+    if compared:
+        lines += ["", "REAL less another method, ŷ after one thought, on the same edits [95 %, seeds and edits]:", ""]
+        lines += ["| REAL less | " + " | ".join(SHOWN.values()) + " |", "|---|" + "---|" * len(SHOWN)]
+        for name, figures in compared.items():
+            cells = [f"{f['mean']:+.3f} [{f['low']:+.3f}, {f['high']:+.3f}]" for f in (figures[m] for m in SHOWN)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
