@@ -100,5 +100,5 @@ def dot_plot(theme: Theme, summary: dict[str, Any]) -> Figure:
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
         set_title(axis, theme, SHOWN[metric])
-    axes[0].legend(loc="lower left", fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
