@@ -20,7 +20,18 @@ from mtedit_fast.training.playground.editor import EditorLoss, encode_images, to
 from mtedit_fast.training.playground.fit import Muon, fit, generator_for, muon_and_adamw
 from mtedit_fast.training.playground.world import CELLS, random_scenes, read, render
 
-TINY = Recipe(vae_steps=3, chains=4, editor_steps=4, editor_batch=2, dino_steps=3, save_every=2, evaluate_chains=2)
+TINY = Recipe(
+    vae_steps=3,
+    chains=4,
+    editor_steps=4,
+    editor_batch=2,
+    dino_steps=3,
+    judge_steps=2,
+    judge_batch=2,
+    judge_chains=(2, 2),
+    save_every=2,
+    evaluate_chains=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +207,7 @@ def test_a_killed_build_resumes_to_the_same_weights(tmp_path):
 
 
 def test_build_names_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="stages must be among vae, editor, dino, got 'paint'"):
+    with pytest.raises(ValueError, match="stages must be among vae, editor, dino, judge, got 'paint'"):
         build(tmp_path, stages=("vae", "paint"), work_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="run the vae stage first"):
         build(tmp_path, stages=("editor",), work_dir=tmp_path / "empty")
