@@ -141,11 +141,11 @@ def test_out_of_memory_halves_the_budget_once(model, thinking):
     calls = []
 
     def exhausted(module, args, kwargs):
-        calls.append(kwargs["input_ids"].shape)
+        calls.append(kwargs["inputs_embeds"].shape)
         if len(calls) in failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    own.model.register_forward_pre_hook(exhausted, with_kwargs=True)
+    own.model.language_model.register_forward_pre_hook(exhausted, with_kwargs=True)
     failing = {2}
     with pytest.warns(UserWarning, match="max_tokens is now 600 instead of 1200"):
         result = judge.score(references, edits, instructions, owner=owner)
