@@ -34,22 +34,9 @@ ALLOWED = 0.02  # difference between the two scores
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Line):
     """One line of a results file. Times are microseconds of a whole call."""
 
-    date: str
-    commit: str
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    op: str
-    variant: str
-    shape: str
-    dtype: str
-    backend: str
-    timing: str
     images: int
     """Images through the ViT: whole ones and crops, each reference once."""
     loop_images: int

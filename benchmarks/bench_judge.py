@@ -36,22 +36,9 @@ ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a scale of 4: batches
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Line):
     """One line of a results file. Times are microseconds of a whole call."""
 
-    date: str
-    commit: str
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    op: str
-    variant: str
-    shape: str
-    dtype: str
-    backend: str
-    timing: str
     prompt_tokens: int
     """Of one trajectory's question, images included."""
     median_us: float

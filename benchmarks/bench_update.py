@@ -44,22 +44,9 @@ FILTERED = (0, 25, 50, 75)  # percent of the trajectories
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(harness.Line):
     """One line of a results file. Times are microseconds of a whole update."""
 
-    date: str
-    commit: str
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    op: str
-    variant: str
-    shape: str
-    dtype: str
-    backend: str
-    timing: str
     forward_rows: int
     """Samples per forward with gradient, at most."""
     grad_rows: int

@@ -34,8 +34,8 @@ class Timing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """How every line of an op's results file begins. Times are microseconds per call."""
+class Line:
+    """How every line of a results file begins: where, and what, was measured."""
 
     date: str
     commit: str
@@ -50,6 +50,12 @@ class Measured:
     dtype: str
     backend: str
     timing: str
+
+
+@dataclass(frozen=True)
+class Measured(Line):
+    """How every line of an op's results file begins. Times are microseconds per call."""
+
     median_us: float
     p20_us: float
     p80_us: float
