@@ -14,7 +14,7 @@ from mtedit_fast.judge import HuggingFaceJudge, JudgePrompt
 from mtedit_fast.judge.attention import VARLEN
 from mtedit_fast.judge.prefill import new_group
 from mtedit_fast.judge.sequence import split_question
-from mtedit_fast.judge.vision_language import encode_images
+from mtedit_fast.qwen_vl import encode_images
 from mtedit_fast.training.playground.judge_model import IMAGES
 
 PROMPT = JudgePrompt(rubric="Score each edit.")

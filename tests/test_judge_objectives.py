@@ -7,7 +7,7 @@ import pytest
 import torch
 from judge_training import new_parts, settings, write_examples
 
-from mtedit_fast.judge.images import prepare_images
+from mtedit_fast.qwen_vl import prepare_images
 from mtedit_fast.training.judge.config import load_judge_config
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.judge.methods import Totals, new_metrics, truth_of

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from mtedit_fast import chat_server
 from mtedit_fast.chat_server import ChatServer, ChatServerError
 from mtedit_fast.judge.huggingface import HuggingFaceJudge
-from mtedit_fast.judge.images import prepare_images
 from mtedit_fast.judge.prompts import JudgePrompt, write_answer
 from mtedit_fast.judge.sequence import encode, score_token_ids
 from mtedit_fast.judge.served import ServedJudge, ServedJudgeError
 from mtedit_fast.ops import digit_score
+from mtedit_fast.qwen_vl import prepare_images
 from mtedit_fast.training.playground.judge_model import IMAGES, new_judge_model, new_judge_tokenizer
 
 TOKENIZER = new_judge_tokenizer()

@@ -1,7 +1,8 @@
 """Judges: vision-language models that score edits by the expectation over their score tokens."""
 
+from mtedit_fast.qwen_vl import ImageSpec, prepare_images
+
 from .huggingface import HuggingFaceJudge
-from .images import ImageSpec, prepare_images
 from .prompts import SCALES, JudgePrompt, Scale, parse_answer, write_answer
 from .sampling import sample_answers
 from .scores import Judge, JudgeScores

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import digit_score
+from mtedit_fast.qwen_vl import ImageSpec
 
-from .images import ImageSpec
 from .prefill import FAMILIES, Group, Prefill, new_group
 from .processor import Processed
 from .prompts import JudgePrompt, parse_answer

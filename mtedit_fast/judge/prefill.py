@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mtedit_fast.qwen_vl import ImageSpec, encode_images, hidden_states, prepare_images
+
 from .attention import SharedPrefix, additive, batch_vision_attention, branch_mask, pad, repeat_cache
-from .images import ImageSpec, prepare_images
 from .scores import Rows
 from .sequence import Question
-from .vision_language import encode_images, hidden_states
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 

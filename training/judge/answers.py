@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtedit_fast.judge.images import ImageSpec
 from mtedit_fast.judge.prompts import JudgePrompt, parse_answer, write_answer
 from mtedit_fast.judge.sequence import encode, score_token_ids
+from mtedit_fast.qwen_vl import ImageSpec
 from mtedit_fast.training.judge.data import JudgeExample
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.judge.attention import additive, batch_vision_attention, branch_mask
-from mtedit_fast.judge.images import ImageSpec, prepare_images
 from mtedit_fast.judge.prompts import JudgePrompt
 from mtedit_fast.ops import digit_score, token_log_probs
+from mtedit_fast.qwen_vl import ImageSpec, prepare_images
 from mtedit_fast.training.judge.answers import Answers, Branch
 from mtedit_fast.training.judge.data import JudgeExample
 from mtedit_fast.training.judge.objectives import score_weights

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtedit_fast.judge.images import ImageSpec
 from mtedit_fast.judge.prompts import JudgePrompt
+from mtedit_fast.qwen_vl import ImageSpec
 from mtedit_fast.training.judge.config import ModelConfig
 
 PROMPT = "judge.json"

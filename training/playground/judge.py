@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mtedit_fast.judge.attention import batch_vision_attention, branch_mask
-from mtedit_fast.judge.images import prepare_images
 from mtedit_fast.judge.prompts import JudgePrompt, write_answer
 from mtedit_fast.judge.sequence import encode, split_question
-from mtedit_fast.judge.vision_language import encode_images, hidden_states
+from mtedit_fast.qwen_vl import encode_images, hidden_states, prepare_images
 
 from .fit import fit, generator_for, muon_and_adamw
 from .judge_data import Graded, thought

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mtedit_fast.judge import HuggingFaceJudge
-from mtedit_fast.judge.images import ImageSpec
 from mtedit_fast.judge.prompts import JudgePrompt
+from mtedit_fast.qwen_vl import ImageSpec
 
 from .instructions import VOCABULARY
 from .models import _folder

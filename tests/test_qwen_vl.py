@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
-from mtedit_fast.judge import ImageSpec, prepare_images
+from mtedit_fast.qwen_vl import ImageSpec, prepare_images
 
 SIZES = [(64, 64), (50, 91), (300, 200), (20, 33), (16, 400), (97, 31)]
 PROCESSORS = [
