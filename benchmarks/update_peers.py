@@ -12,7 +12,7 @@ import torch
 from bench_nft_loss import published_nft
 from torch import Tensor
 
-from mtedit_fast.editors import KontextEditor
+from mtedit_fast.editors import Condition, KontextEditor
 from mtedit_fast.ops import advantage_to_reward, seeded_noise
 from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds, turn_seeds
 from mtedit_fast.training import nft
@@ -75,7 +75,7 @@ class Editor(KontextEditor):
         self.case, self.transformer, self.config = case, transformer, transformer.config
         self.rows: Counter[bool] = Counter()  # through the transformer, by whether they had a gradient
 
-    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode_text(self, prompts: list[str], images: Tensor | None = None) -> dict[str, Tensor]:
         generator = torch.Generator(self.device).manual_seed(len(prompts))
 
         def random(*shape: int) -> Tensor:
@@ -84,11 +84,11 @@ class Editor(KontextEditor):
         text = random(self.case.tokens[1], self.config.joint_attention_dim)
         return {"prompt_embeds": text, "pooled": random(self.config.pooled_projection_dim)}
 
-    def velocity(self, latents: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def velocity(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         self.rows[torch.is_grad_enabled()] += len(latents)
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
-            return super().velocity(latents, *arguments, **keywords).float()
+            return super().velocity(latents, timestep, condition).float()
 
     def of(self, transformer: Any) -> "Editor":
         twin = copy.copy(self)

@@ -1,7 +1,7 @@
 """Group rollouts over K turns, and the replay of their steps.
 
 Turn k edits the decoded image of turn k−1 from fresh noise. Text, reference latents and the schedule are computed
-once per group. Only the SDE steps carry a log-probability and are stored.
+once per group, what the steps of a turn share once per turn. Only the SDE steps carry a log-probability and are stored.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtedit_fast.editors.base import Editor
+from mtedit_fast.editors.base import Condition, Editor, TextConditioning
 from mtedit_fast.ops import SDEStepOutput, sde_coefficients, sde_step, seeded_noise
 from mtedit_fast.sampling.multistep import dpm2m_coefficients, dpm2m_step
 from mtedit_fast.trajectories import RolloutConfig, Rows, Trajectories, slices
@@ -62,7 +63,7 @@ def rollout(
     progress: Callable[[int], None] | None = None,
     on_finished: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectories:
-    """Sample G trajectories of K turns for each of P prompts, without a host sync in the step loop.
+    """Sample G trajectories of K turns for each of P prompts, without a host sync in the step loop of a turn.
 
     Args:
         editor: the model; its current weights are the old policy.
@@ -89,14 +90,19 @@ def rollout(
     for rows in trajectories.micro_batches():
         for turn in range(turns):
             with timer("denoise"):
-                latents = _denoise(editor, trajectories, rows, turn, turn_seeds(seeds[rows], turn))
+                condition = trajectories.condition(editor, rows, turn)
+                latents = _denoise(editor, trajectories, rows, turn, condition, turn_seeds(seeds[rows], turn))
             with timer("decode"):
                 image = (editor.decode(latents, trajectories.height, trajectories.width) * 255).round() / 255
                 trajectories.images[rows, turn] = image
             if turn + 1 < turns:
                 with timer("encode"):
-                    following = latents if config.latent_chain else editor.encode_image(image)
+                    following = latents if config.latent_chain else _encode_reference(editor, image, config)
                     trajectories.references[rows, turn + 1] = following.to(trajectories.references.dtype)
+                    if editor.text_sees_image:
+                        prompts = [instructions[row // config.group_size][turn + 1] for row in _range(rows)]
+                        for name, value in editor.encode_text(prompts, image).items():
+                            trajectories.text[turn + 1][name][rows] = value
             if progress:
                 progress(len(latents))
         complete = rows.stop // config.group_size * config.group_size
@@ -152,8 +158,14 @@ def _allocate(
     tokens, channels = editor.latent_shape(height, width)
     schedule = editor.schedule(config.num_steps, height, width)
     states = stored + 1 if stored else 0
-    first = torch.cat([editor.encode_image(references[rows]) for rows in slices(prompts, config.micro_batch)])
+    first = torch.cat(
+        [_encode_reference(editor, references[rows], config) for rows in slices(prompts, config.micro_batch)]
+    )
     group = torch.arange(batch, device=device) // config.group_size
+    text = _shared_text(editor, references, instructions)
+    if editor.text_sees_image:  # from the second turn on everyone's is another
+        text[0] = {name: value[group] for name, value in text[0].items()}
+        text += [{name: torch.empty_like(value) for name, value in text[0].items()} for _ in range(1, turns)]
 
     def state(*shape: int) -> Tensor:
         return torch.empty(batch, turns, *shape, tokens, channels, device=device, dtype=config.state_dtype)
@@ -173,11 +185,11 @@ def _allocate(
         sigmas=schedule.sigmas,
         timesteps=schedule.timesteps,
         steps=config.sde_steps(),
-        text=[editor.encode_text([prompt[turn] for prompt in instructions]) for turn in range(turns)],
-        prompt=group,
+        text=text,
+        prompt=torch.arange(batch, device=device) if editor.text_sees_image else group,
         group=group,
         seeds=seeds,
-        references=first.new_empty(batch, turns, tokens, channels),
+        references=first.new_empty(batch, turns, *first.shape[1:]),
         latents=state(states),
         clean=state(),
         log_probs=torch.empty(batch, turns, stored, device=device),
@@ -190,7 +202,28 @@ def _allocate(
     return trajectories
 
 
-def _denoise(editor: Editor, trajectories: Trajectories, rows: slice, turn: int, keys: Tensor) -> Tensor:
+def _encode_reference(editor: Editor, images: Tensor, config: RolloutConfig) -> Tensor:
+    """[B, M, C] of images [B, 3, H, W], brought to `reference_size`."""
+    size = config.reference_size
+    if size is not None and size != tuple(images.shape[-2:]):
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return editor.encode_image(images)
+
+
+def _shared_text(editor: Editor, references: Tensor, instructions: list[list[str]]) -> list[TextConditioning]:
+    """The text of the turns whose prompts all members of a group share: all, or the first if text sees the images."""
+    if editor.text_sees_image:
+        return [editor.encode_text([prompt[0] for prompt in instructions], references.to(editor.device))]
+    return [editor.encode_text(list(prompts)) for prompts in zip(*instructions, strict=True)]
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _denoise(
+    editor: Editor, trajectories: Trajectories, rows: slice, turn: int, condition: Condition, keys: Tensor
+) -> Tensor:
     """One turn of one micro-batch from fresh noise, recording what the objective needs; returns the final state."""
     config, steps, means = trajectories.config, trajectories.steps, trajectories.means
     latents = seeded_noise(keys, trajectories.clean.shape[2:], 0).to(config.state_dtype)
@@ -200,7 +233,7 @@ def _denoise(editor: Editor, trajectories: Trajectories, rows: slice, turn: int,
         position, stored = step - steps.start, step in steps
         if stored and position == 0:
             trajectories.latents[rows, turn, 0] = latents
-        velocity = trajectories.velocity(editor, latents, trajectories.timesteps[step], rows, turn)
+        velocity = editor.velocity(latents, trajectories.timesteps[step], condition)
         trajectories.finite[rows, turn, step] = velocity.flatten(1).sum(1, dtype=torch.float32).isfinite()
         if trajectories.estimates is not None and 0 <= position <= len(steps):
             trajectories.estimates[rows, turn, position] = _clean_estimate(trajectories, latents, velocity, step)
@@ -228,6 +261,12 @@ def _clean_estimate(trajectories: Trajectories, latents: Tensor, velocity: Tenso
 
 
 def _check_inputs(references: Tensor, instructions: list[list[str]], config: RolloutConfig, seeds: Tensor) -> int:
+    if not isinstance(references, Tensor):
+        sizes = sorted({f"{image.shape[-2]}×{image.shape[-1]}" for image in references})
+        raise TypeError(
+            f"references: expected one tensor [P, 3, H, W], got a {type(references).__name__} of sizes "
+            f"{', '.join(sizes)}; resize them to one size and stack them, or roll each size out on its own"
+        )
     if references.ndim != 4 or references.shape[1] != 3:
         raise ValueError(f"references: expected [P, 3, H, W], got {list(references.shape)}")
     if len(instructions) != len(references):
@@ -235,6 +274,11 @@ def _check_inputs(references: Tensor, instructions: list[list[str]], config: Rol
     turns = {len(prompt) for prompt in instructions}
     if len(turns) != 1 or turns == {0}:
         raise ValueError(f"instructions: expected equally many turns (at least 1) in every list, got {sorted(turns)}")
+    if config.latent_chain and config.reference_size not in (None, tuple(references.shape[-2:])):
+        raise ValueError(
+            f"reference_size: expected None or the edit's {tuple(references.shape[-2:])} with latent_chain, which does "
+            f"not come back to pixels, got {config.reference_size}"
+        )
     if config.group_size < 1 or config.micro_batch < 1:
         raise ValueError(f"group_size, micro_batch: expected >= 1, got {config.group_size}, {config.micro_batch}")
     expected = len(references) * config.group_size

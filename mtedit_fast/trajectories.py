@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtedit_fast.editors.base import Editor, TextConditioning
+from mtedit_fast.editors.base import Condition, Editor, TextConditioning
 from mtedit_fast.ops import SDECoefficients
 
 Rows = slice | Tensor  # trajectories: a slice, or int64 indices [n]
@@ -28,6 +28,8 @@ class RolloutConfig:
             None: all but the last step, whose Gaussian is too sharp to train on.
         micro_batch: samples per transformer forward; the shape in which the exact replay runs, too.
         guidance_scale: embedded guidance.
+        reference_size: (height, width) in pixels that references are brought to; None: the edit's. A smaller one saves
+            most of what a step costs where the model was trained on references larger than its images.
         latent_chain: feed a turn's latents to the next one without decode → 8 bit → encode (numerically different).
         keep_means: store the step means as well (GRPO-Guard needs them).
         keep_estimates: store the clean estimate x − σv at every stored state (step-wise rewards need them).
@@ -41,6 +43,7 @@ class RolloutConfig:
     window: tuple[int, int] | None = None
     micro_batch: int = 32
     guidance_scale: float = 3.5
+    reference_size: tuple[int, int] | None = None
     latent_chain: bool = False
     keep_means: bool = False
     keep_estimates: bool = False
@@ -66,11 +69,11 @@ class Trajectories:
 
     Attributes:
         schedule: the T+1 sigmas as the host knows them; `sigmas` holds them on the device.
-        text: K conditionings with one row per prompt.
+        text: K conditionings with one row per prompt; per trajectory where the text encoder sees the images.
         prompt: [B] int64, the row of `text` that each trajectory was edited by.
         group: [B] int64, trajectories with the same reference image and instructions share one.
         seeds: [B] int64, the noise's Philox keys.
-        references: [B, K, N, C], the packed latents each turn starts from.
+        references: [B, K, M, C], the packed latents of the image each turn edits.
         latents: [B, K, S+1, N, C], the states before each stored step and after the last one; [B, K, 0, N, C] when
             nothing is stored.
         clean: [B, K, N, C], the final state of every turn.
@@ -118,22 +121,26 @@ class Trajectories:
         prompt = self.prompt[rows]
         return {name: tensor.index_select(0, prompt) for name, tensor in self.text[turn].items()}
 
-    def velocity(self, editor: Editor, latents: Tensor, timestep: Tensor, rows: Rows, turn: int) -> Tensor:
-        """Model output for `latents` [n, N, C] at `timestep` ([] or [n]) under the conditioning of `rows` (n of them,
-        or n a multiple of their number: then the rows repeat)."""
+    def condition(self, editor: Editor, rows: Rows, turn: int, copies: int = 1) -> Condition:
+        """What the velocity of `rows`, stacked `copies` times along the batch, depends on besides state and time."""
         references, text = self.references[rows, turn], self.text_rows(rows, turn)
-        if (repeats := latents.shape[0] // max(references.shape[0], 1)) > 1:
-            references = references.repeat(repeats, 1, 1)
-            text = {name: tensor.repeat(repeats, *[1] * (tensor.ndim - 1)) for name, tensor in text.items()}
-        return editor.velocity(
-            latents,
-            timestep,
+        if copies > 1:
+            references = references.repeat(copies, 1, 1)
+            text = {name: tensor.repeat(copies, *[1] * (tensor.ndim - 1)) for name, tensor in text.items()}
+        return editor.condition(
             references,
             text,
             height=self.height,
             width=self.width,
             guidance_scale=self.config.guidance_scale,
+            reference_size=self.config.reference_size,
         )
+
+    def velocity(self, editor: Editor, latents: Tensor, timestep: Tensor, rows: Rows, turn: int) -> Tensor:
+        """Model output for `latents` [n, N, C] at `timestep` ([] or [n]) under the conditioning of `rows` (n of them,
+        or n a multiple of their number: then the rows repeat)."""
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return editor.velocity(latents, timestep, self.condition(editor, rows, turn, len(latents) // max(count, 1)))
 
     def step_constants(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(σ' − σ, std), [n] fp32 each, of the stored steps at `positions` [n]."""

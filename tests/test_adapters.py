@@ -438,12 +438,15 @@ def test_an_exported_adapter_is_thetas_alone_and_loads_in_the_stock_pipeline(tmp
     text = editor.encode_text(["Remove the red circle"])
     latents, reference = torch.randn(2, 1, 16, 64, dtype=torch.float64)
     options = {"height": SIZE, "width": SIZE, "guidance_scale": 2.5}
-    arguments = latents, torch.tensor(500.0), reference, text
+
+    def velocity(each):
+        return each.velocity(latents, torch.tensor(500.0), each.condition(reference, text, **options))
+
     with torch.no_grad():
-        loaded = KontextEditor(pipeline).velocity(*arguments, **options)
-        torch.testing.assert_close(editor.velocity(*arguments, **options), loaded, rtol=0, atol=1e-12)
+        loaded = velocity(KontextEditor(pipeline))
+        torch.testing.assert_close(velocity(editor), loaded, rtol=0, atol=1e-12)
         with own.old():
-            assert (editor.velocity(*arguments, **options) - loaded).abs().max() > 1e-3
+            assert (velocity(editor) - loaded).abs().max() > 1e-3
 
 
 def whole(tensors):

@@ -59,9 +59,8 @@ def test_old_and_reference_rows_in_one_guided_forward(tmp_path, family):
 
     def velocity(rows):
         own = {name: value[rows] for name, value in text.items()}
-        return editor.velocity(
-            latents[rows], torch.tensor(600.0), references[rows], own, height=SIZE, width=SIZE, guidance_scale=3.0
-        )
+        condition = editor.condition(references[rows], own, height=SIZE, width=SIZE, guidance_scale=3.0)
+        return editor.velocity(latents[rows], torch.tensor(600.0), condition)
 
     with adapters.rows(old=2, reference=2):
         together = velocity(slice(0, 4))

@@ -67,9 +67,10 @@ def test_lora_loads_in_the_stock_pipeline(tmp_path):
     options = {"height": SIZE, "width": SIZE, "guidance_scale": 2.5}
     timestep = torch.tensor(500.0)
     with torch.no_grad():
-        tuned = editor.velocity(latents, timestep, reference, text, **options)
-        loaded = KontextEditor(pipeline).velocity(latents, timestep, reference, text, **options)
-        plain = tiny_editor().velocity(latents, timestep, reference, text, **options)
+        tuned, loaded, plain = (
+            each.velocity(latents, timestep, each.condition(reference, text, **options))
+            for each in (editor, KontextEditor(pipeline), tiny_editor())
+        )
     assert torch.equal(tuned, loaded)
     assert (tuned - plain).abs().max() > 1e-3
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from tiny import SIZE, tiny_editor
 
@@ -61,15 +62,14 @@ def test_log_probs_are_those_of_the_stored_states(editor, trajectories):
     before, after = trajectories.latents[rows, turn, 1].double(), trajectories.latents[rows, turn, 2].double()
     sigma, sigma_next = (trajectories.sigmas[i].item() for i in (step, step + 1))
     with torch.no_grad():
-        velocity = editor.velocity(
-            before.float(),
-            trajectories.timesteps[step],
+        condition = editor.condition(
             trajectories.references[rows, turn],
             trajectories.text_rows(rows, turn),
             height=SIZE,
             width=SIZE,
             guidance_scale=2.5,
-        ).double()
+        )
+        velocity = editor.velocity(before.float(), trajectories.timesteps[step], condition).double()
     dt, s2 = sigma_next - sigma, CONFIG.eta**2 * sigma / (1 - sigma)
     mean = before * (1 + s2 * dt / (2 * sigma)) + velocity * (1 + s2 * (1 - sigma) / (2 * sigma)) * dt
     expected = torch.distributions.Normal(mean, (s2 * -dt) ** 0.5).log_prob(after).flatten(1).mean(1)
@@ -104,15 +104,14 @@ def test_window_stores_only_its_steps(editor, references):
     # outside the window the ODE: the state before the window is an Euler step from the seeded noise
     noise = seeded_noise(sample_seeds(0, 0, 8)[:4], (16, 64), 0)
     with torch.no_grad():
-        velocity = editor.velocity(
-            noise,
-            result.timesteps[0],
+        condition = editor.condition(
             result.references[:4, 0],
             result.text_rows(slice(0, 4), 0),
             height=SIZE,
             width=SIZE,
             guidance_scale=2.5,
         )
+        velocity = editor.velocity(noise, result.timesteps[0], condition)
     expected = noise.double() + (result.sigmas[1] - result.sigmas[0]).double() * velocity.double()
     assert (result.latents[:4, 0, 0] - expected).abs().max() < 1e-6
 
@@ -162,6 +161,20 @@ def test_timer_and_progress(editor, references):
     assert timer.seconds() == {}
 
 
+@pytest.mark.parametrize("reference_size", [(32, 32), (96, 64)])
+def test_references_at_their_own_resolution(editor, references, reference_size):
+    config = replace(CONFIG, reference_size=reference_size)
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    tokens = reference_size[0] * reference_size[1] // 256
+    assert result.references.shape == (8, 3, tokens, 64)
+    small = F.interpolate(references, reference_size, mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(result.references[::4, 0], editor.encode_image(small))
+    small = F.interpolate(result.images[:, 0], reference_size, mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(result.references[:4, 1], editor.encode_image(small[:4]))
+    out = replay(editor, result, slice(0, 4), 2, 1)
+    assert torch.equal(out.log_prob.detach(), result.log_probs[:4, 2, 1])
+
+
 def test_seeds_are_a_pure_function():
     assert torch.equal(sample_seeds(3, 4, 8)[:5], sample_seeds(3, 4, 5))
     everything = torch.cat([sample_seeds(s, i, 100) for s in range(3) for i in range(3)])
@@ -202,6 +215,10 @@ def test_nan_is_flagged_per_step_and_raised_after_the_loop(references):
         ({"config": replace(CONFIG, window=(2, 4), variant="cps", eta=0.5)}, "window: .* <= 3 of 4 cps steps"),
         ({"config": replace(CONFIG, eta=-0.1)}, "eta"),
         ({"config": replace(CONFIG, micro_batch=0)}, "group_size, micro_batch: expected >= 1"),
+        (
+            {"config": replace(CONFIG, latent_chain=True, reference_size=(32, 32))},
+            r"reference_size: expected None or the edit's \(64, 64\) with latent_chain",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(editor, references, change, message):
@@ -210,15 +227,28 @@ def test_bad_input_names_the_argument(editor, references, change, message):
         rollout(editor, **(arguments | change))
 
 
+def test_references_of_different_sizes_are_refused(editor):
+    images = [torch.rand(3, SIZE, SIZE), torch.rand(3, 32, SIZE)]
+    with pytest.raises(TypeError, match=r"references: expected one tensor.*sizes 32×64, 64×64; resize them"):
+        rollout(editor, images, PROMPTS, CONFIG, sample_seeds(0, 0, 8))
+    with pytest.raises(ValueError, match=r"references: expected latents \[n, R·16, 64\] of images of 64×64.*one size"):
+        editor.condition(torch.rand(2, 9, 64), {}, height=SIZE, width=SIZE)
+    with pytest.raises(ValueError, match="KontextEditor takes 1 to 1 references per edit, got 2"):
+        editor.encode_image(torch.rand(2, 2, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match="references: KontextEditor takes 1 to 1 per edit, got 2"):
+        editor.condition(torch.rand(2, 32, 64), {}, height=SIZE, width=SIZE)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a host sync can only be caught on a GPU")
 def test_step_loop_never_waits_for_the_device():
     editor = tiny_editor()
     editor.pipeline.to("cuda")
     seeds = sample_seeds(0, 0, 8, device="cuda")
     trajectories = rollout(editor, torch.rand(2, 3, SIZE, SIZE, device="cuda"), PROMPTS, CONFIG, seeds)
+    condition = trajectories.condition(editor, slice(0, 4), 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _denoise(editor, trajectories, slice(0, 4), 1, seeds[:4])
+        _denoise(editor, trajectories, slice(0, 4), 1, condition, seeds[:4])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -108,15 +108,14 @@ def test_gradient_is_the_policy_gradient_of_the_whole_batch(tmp_path):
             top = trajectories.sigmas[1].double()
             s2 = 0.7**2 * sigma / (1 - (top if sigma == 1 else sigma))
             x = trajectories.latents[:, turn, position]
-            velocity = trainer.editor.velocity(
-                x,
-                trajectories.timesteps[step],
+            condition = trainer.editor.condition(
                 trajectories.references[:, turn],
                 trajectories.text_rows(slice(0, 8), turn),
                 height=64,
                 width=64,
                 guidance_scale=trajectories.config.guidance_scale,
-            ).double()
+            )
+            velocity = trainer.editor.velocity(x, trajectories.timesteps[step], condition).double()
             dt = after - sigma
             mean = x.double() * (1 + s2 * dt / (2 * sigma)) + velocity * (1 + s2 * (1 - sigma) / (2 * sigma)) * dt
             density = torch.distributions.Normal(mean, (s2 * -dt) ** 0.5)
@@ -206,18 +205,18 @@ def test_lora_export_loads_in_the_stock_pipeline(tmp_path):
     stock = tiny_editor()
     stock.pipeline.load_lora_weights(path)
     record = trainer.chains[0]
-    arguments = (
-        torch.randn(1, 16, 64),
-        torch.tensor(700.0),
-        stock.encode_image(record.image[None]),
-        stock.encode_text(record.instructions[:1]),
-    )
-    options = {"height": 64, "width": 64, "guidance_scale": 1.0}
+    references, text = stock.encode_image(record.image[None]), stock.encode_text(record.instructions[:1])
+    latents = torch.randn(1, 16, 64)
+
+    def velocity(editor):
+        condition = editor.condition(references, text, height=64, width=64, guidance_scale=1.0)
+        return editor.velocity(latents, torch.tensor(700.0), condition)
+
     with torch.no_grad():
-        exported = stock.velocity(*arguments, **options)
-        assert not torch.equal(exported, trainer.editor.velocity(*arguments, **options))
+        exported = velocity(stock)
+        assert not torch.equal(exported, velocity(trainer.editor))
         with trainer.adapters.averaged():
-            assert torch.equal(exported, trainer.editor.velocity(*arguments, **options))
+            assert torch.equal(exported, velocity(trainer.editor))
 
 
 def test_average_is_the_exponential_mean_of_the_iterates(tmp_path):

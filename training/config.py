@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mtedit_fast.training.advantages import AdvantageConfig
 
@@ -44,23 +44,30 @@ class ModelConfig(Section):
     )
 
 
+def _pixels(value: Any) -> Any:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(type(side) is int and side >= 8 for side in sides):
+        raise ValueError("expected pixels, such as 512 or [512, 768]")
+    return value
+
+
+Resolution = Annotated[int | list[int], BeforeValidator(_pixels)]
+
+
+def size_of(resolution: int | list[int]) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    height, width = resolution if isinstance(resolution, list) else [resolution] * 2
+    return height, width
+
+
 class DataConfig(Section):
     path: str = Field(min_length=1, description="JSONL of {id, image, instructions}")
-    resolution: int | list[int] = Field(default=64, description="pixels: a side, or [height, width]")
-
-    @field_validator("resolution", mode="before")
-    @classmethod
-    def _pixels(cls, value: Any) -> Any:
-        sides = value if isinstance(value, list) and len(value) == 2 else [value]
-        if not all(type(side) is int and side >= 8 for side in sides):
-            raise ValueError("expected pixels, such as 512 or [512, 768]")
-        return value
+    resolution: Resolution = Field(default=64, description="pixels: a side, or [height, width]")
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, width = self.resolution if isinstance(self.resolution, list) else [self.resolution] * 2
-        return height, width
+        return size_of(self.resolution)
 
 
 class WindowConfig(Section):
@@ -85,6 +92,9 @@ class RolloutConfig(Section):
     window: WindowConfig | None = Field(default=None, description="stochastic steps; null: all but the last")
     micro_batch: int = Field(default=32, ge=1, description="samples per transformer forward")
     guidance_scale: float = Field(default=1.0, ge=0, description="the editor's embedded guidance")
+    reference_resolution: Resolution | None = Field(
+        default=None, description="pixels that references are brought to, a side or [height, width]; null: the edit's"
+    )
     latent_chain: bool = Field(
         default=False, description="hand latents to the next turn without decode, 8-bit and encode"
     )
@@ -92,7 +102,11 @@ class RolloutConfig(Section):
     max_sequence_length: int = Field(default=512, ge=1, description="text tokens")
 
     @model_validator(mode="after")
-    def _window_inside(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.latent_chain and self.reference_resolution is not None:
+            raise ValueError(
+                "reference_resolution: expected null with latent_chain, which does not come back to pixels"
+            )
         window = self.window
         if window is not None and not window.lo + window.size <= window.hi <= self.num_steps - 1:
             raise ValueError(

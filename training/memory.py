@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from mtedit_fast.editors import EDITORS
 from mtedit_fast.editors.pipeline_editor import NEGATIVE
 from mtedit_fast.training.adapters import Adapters
-from mtedit_fast.training.config import RunConfig, TrainConfig
+from mtedit_fast.training.config import RunConfig, TrainConfig, size_of
 from mtedit_fast.training.public_models import FAMILIES, describe
 from mtedit_fast.training.update import Chunk, Objective, UpdateBatch, UpdateStats
 
@@ -169,6 +169,8 @@ class _Measured:
     decode: int
     tokens: int
     channels: int
+    reference_tokens: int
+    text_sees_image: bool
 
 
 def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
@@ -208,11 +210,12 @@ def _trajectories(config: TrainConfig, measured: _Measured, gpus: int) -> int:
     rollout, (height, width) = config.rollout, config.data.size
     groups = -(-rollout.groups_per_iteration // gpus)
     state = measured.tokens * measured.channels
+    reference = measured.reference_tokens * measured.channels * BYTES[config.model.dtype]
     steps = 0
     if rollout.variant not in ("ode", "dpm2m"):
         steps = rollout.num_steps - 1 if rollout.window is None else rollout.window.size
     states, size = steps + 1 if steps else 0, BYTES[rollout.state_dtype]
-    learned = state * ((states + 1) * size + BYTES[config.model.dtype]) + 4 * steps  # states, clean, reference
+    learned = state * (states + 1) * size + reference + 4 * steps  # states and clean
     if config.objective.name == "grpo_guard":
         learned += 4 * steps * state
     kept = learned * (1 if config.exact_replay else 2)
@@ -220,7 +223,8 @@ def _trajectories(config: TrainConfig, measured: _Measured, gpus: int) -> int:
         kept += states * state * size
     image = 3 * height * width * 4
     rows = groups * rollout.group_size
-    return rows * (rollout.turns * (kept + image) + image) + groups * rollout.turns * measured.text
+    texts = rows if measured.text_sees_image else groups
+    return rows * (rollout.turns * (kept + image) + image) + texts * rollout.turns * measured.text
 
 
 def _path(config: TrainConfig) -> str:
@@ -258,6 +262,9 @@ def _measure(dumped: str) -> _Measured:
         transformer.enable_gradient_checkpointing()
     (height, width), guidance = config.data.size, config.rollout.guidance_scale
     tokens, channels = editor.latent_shape(height, width)
+    resolution = config.rollout.reference_resolution
+    reference_size = (height, width) if resolution is None else size_of(resolution)
+    reference_tokens, _ = editor.latent_shape(*reference_size)
     shapes = family.text(config.rollout.max_sequence_length, transformer.config)
     if config.model.family != "kontext" and guidance > 1 and not public.is_distilled:
         shapes |= {NEGATIVE + name: shape for name, shape in shapes.items()}
@@ -268,9 +275,15 @@ def _measure(dumped: str) -> _Measured:
             name: torch.empty(rows, *shape, device="meta", dtype=torch.bool if name.endswith("mask") else dtype)
             for name, shape in shapes.items()
         }
-        return editor.velocity(
-            latents, latents[:, 0, 0], latents, text, height=height, width=width, guidance_scale=guidance
+        condition = editor.condition(
+            latents.new_empty(rows, reference_tokens, channels),
+            text,
+            height=height,
+            width=width,
+            guidance_scale=guidance,
+            reference_size=reference_size,
         )
+        return editor.velocity(latents, latents[:, 0, 0], condition)
 
     optimizer, objective = config.optimizer, config.objective
     with FusedAttention():
@@ -312,6 +325,8 @@ def _measure(dumped: str) -> _Measured:
         decode=decode,
         tokens=tokens,
         channels=channels,
+        reference_tokens=reference_tokens,
+        text_sees_image=editor.text_sees_image,
     )
 
 

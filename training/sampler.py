@@ -12,7 +12,7 @@ from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_see
 from mtedit_fast.sampling import sde_window
 from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training.adapters import Adapters
-from mtedit_fast.training.config import TrainConfig
+from mtedit_fast.training.config import TrainConfig, size_of
 from mtedit_fast.training.data import Record
 from mtedit_fast.training.rewards import RewardBatch, RewardStream, step_rewards
 
@@ -93,6 +93,7 @@ class Sampler:
             window=None if window is None else (window.start, window.stop),
             micro_batch=config.micro_batch,
             guidance_scale=config.guidance_scale,
+            reference_size=None if config.reference_resolution is None else size_of(config.reference_resolution),
             latent_chain=config.latent_chain,
             keep_means=self.config.objective.name == "grpo_guard",
             keep_estimates=self.config.advantage.credit == "dense_ode",

@@ -103,6 +103,8 @@ class PolicyUpdate:
     samples of its optimizer step on all processes, which makes the gradient that of the whole batch's mean.
 
     Args:
+        after_backward: called when all chunks of an optimizer step have had their backward, before gradients are
+            summed over processes.
         on_step: called after every optimizer step, when the policy is no longer what it was.
         sharded: the base weights are spread over processes, which must then all run equally many forwards.
     """
@@ -114,11 +116,13 @@ class PolicyUpdate:
         objective: Objective,
         config: OptimizerConfig,
         *,
+        after_backward: Callable[[], None] = lambda: None,
         on_step: Callable[[], None] = lambda: None,
         sharded: bool = False,
     ):
         self.parameters, self.optimizer = parameters, optimizer
-        self.objective, self.config, self.on_step, self.sharded = objective, config, on_step, sharded
+        self.objective, self.config, self.sharded = objective, config, sharded
+        self.after_backward, self.on_step = after_backward, on_step
         self._skipped_in_a_row = 0
 
     def __call__(self, batch: UpdateBatch) -> UpdateStats:
@@ -133,6 +137,7 @@ class PolicyUpdate:
             for chunk in share:
                 loss = self.objective.loss(batch, chunk, stats if not chunk.padding else UpdateStats())
                 (loss * (0.0 if chunk.padding else 1 / samples)).backward()
+            self.after_backward()
             distributed.sum_gradients(self.parameters)
             self._step(stats)
         return stats

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mtedit_fast.editors.base import Editor, Schedule, TextConditioning
+from mtedit_fast.editors.base import Condition, Editor, Schedule, TextConditioning
 from mtedit_fast.editors.klein import KleinEditor
 from mtedit_fast.editors.kontext import KontextEditor
 from mtedit_fast.editors.qwen import QwenEditor
@@ -10,4 +10,13 @@ from mtedit_fast.editors.qwen import QwenEditor
 EDITORS: dict[str, Any] = {"kontext": KontextEditor, "qwen_image_edit": QwenEditor, "flux2_klein": KleinEditor}
 """Adapter class by family name, as in the configuration's model.family."""
 
-__all__ = ["EDITORS", "Editor", "KleinEditor", "KontextEditor", "QwenEditor", "Schedule", "TextConditioning"]
+__all__ = [
+    "EDITORS",
+    "Condition",
+    "Editor",
+    "KleinEditor",
+    "KontextEditor",
+    "QwenEditor",
+    "Schedule",
+    "TextConditioning",
+]

@@ -9,7 +9,7 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
-from mtedit_fast.editors.base import TextConditioning
+from mtedit_fast.editors.base import Condition, TextConditioning
 from mtedit_fast.editors.pipeline_editor import PipelineEditor
 
 
@@ -34,12 +34,11 @@ class KontextEditor(PipelineEditor):
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
         self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
-        self._guidance: dict[float, Tensor] = {}
-        self._ids: dict[tuple[int, int], Tensor] = {}
+        self._ids: dict[tuple[int, ...], Tensor] = {}
         self._txt_ids: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> TextConditioning:
+    def encode_text(self, prompts: list[str], images: Tensor | None = None) -> TextConditioning:
         """`prompt_embeds` [P, S, D] and `pooled` [P, D'] by the pipeline's own tokenizers and encoders."""
         prompt_embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=self.max_sequence_length
@@ -48,7 +47,8 @@ class KontextEditor(PipelineEditor):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] to packed latents [B, N, C] by the VAE's mode, as the pipeline does."""
+        """[B, 3, h, w] in [0, 1] to packed latents [B, M, C] by the VAE's mode, as the pipeline does."""
+        images, _ = self._references(images)
         pixels = (2 * images - 1).to(device=self.vae.device, dtype=self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode()
         latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
@@ -72,51 +72,56 @@ class KontextEditor(PipelineEditor):
             config.get("max_shift", 1.15),
         )
 
-    def velocity(
+    def condition(
         self,
-        latents: Tensor,
-        timestep: Tensor,
         references: Tensor,
         text: TextConditioning,
         *,
         height: int,
         width: int,
         guidance_scale: float = 3.5,
-    ) -> Tensor:
-        batch, tokens, _ = latents.shape
+        reference_size: tuple[int, int] | None = None,
+    ) -> Condition:
+        """One reference per edit, at any resolution."""
+        sizes = ((height, width), reference_size or (height, width))
+        self._reference_count(references, *sizes[1])
         guidance = None
         if self.config.guidance_embeds:
-            guidance = self._guidance_scale(guidance_scale).expand(batch)
+            guidance = torch.full((len(references),), guidance_scale, device=self.device, dtype=torch.float32)
+        inputs = {
+            "guidance": guidance,
+            "pooled_projections": text["pooled"],
+            "encoder_hidden_states": text["prompt_embeds"],
+            "txt_ids": self._text_ids(text["prompt_embeds"].shape[1]),
+            "img_ids": self._image_ids(*sizes[0], *sizes[1]),
+        }
+        return Condition(references.to(self.dtype), inputs)
+
+    def velocity(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        batch, tokens, _ = latents.shape
         prediction = self.transformer(
-            hidden_states=torch.cat([latents.to(self.dtype), references.to(self.dtype)], dim=1),
+            hidden_states=self._sequence(latents, condition),
             timestep=self._timestep(timestep, batch, 1),
-            guidance=guidance,
-            pooled_projections=text["pooled"],
-            encoder_hidden_states=text["prompt_embeds"],
-            txt_ids=self._text_ids(text["prompt_embeds"].shape[1]),
-            img_ids=self._image_ids(height, width),
             return_dict=False,
+            **condition.inputs,
         )[0]
         return prediction[:, :tokens]
-
-    def _guidance_scale(self, scale: float) -> Tensor:
-        if scale not in self._guidance:
-            self._guidance[scale] = torch.full((1,), scale, device=self.device, dtype=torch.float32)
-        return self._guidance[scale]
 
     def _text_ids(self, length: int) -> Tensor:
         if length not in self._txt_ids:
             self._txt_ids[length] = torch.zeros(length, 3, device=self.device, dtype=self.dtype)
         return self._txt_ids[length]
 
-    def _image_ids(self, height: int, width: int) -> Tensor:
-        """Position ids of [noise, reference] tokens, [2N, 3]; the reference's first coordinate is 1."""
-        if (height, width) not in self._ids:
-            multiple = self._multiple
-            noise = self.pipeline._prepare_latent_image_ids(
-                1, height // multiple, width // multiple, self.device, self.dtype
+    def _image_ids(self, height: int, width: int, reference_height: int, reference_width: int) -> Tensor:
+        """Position ids of [noise, reference] tokens, [N + M, 3]; the reference's first coordinate is 1."""
+        key = (height, width, reference_height, reference_width)
+        if key not in self._ids:
+            noise, reference = (
+                self.pipeline._prepare_latent_image_ids(
+                    1, side[0] // self._multiple, side[1] // self._multiple, self.device, self.dtype
+                )
+                for side in (key[:2], key[2:])
             )
-            reference = noise.clone()
             reference[..., 0] = 1
-            self._ids[height, width] = torch.cat([noise, reference])
-        return self._ids[height, width]
+            self._ids[key] = torch.cat([noise, reference])
+        return self._ids[key]

@@ -12,7 +12,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from mtedit_fast.editors.base import Schedule, TextConditioning
+from mtedit_fast.editors.base import Condition, Schedule, TextConditioning
 
 NEGATIVE = "negative_"
 
@@ -32,6 +32,8 @@ class PipelineEditor:
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]
     example: ClassVar[str]
     """A checkpoint on the hub."""
+    text_sees_image: bool = False
+    max_references: int = 1
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512, negative_prompt: str | None = None):
         if not isinstance(pipeline, self.pipelines):
@@ -95,6 +97,36 @@ class PipelineEditor:
             )
         return (height // multiple) * (width // multiple), self.config.in_channels
 
+    def _references(self, images: Tensor) -> tuple[Tensor, int]:
+        """[B, 3, h, w] or [B, R, 3, h, w] as [B·R, 3, h, w], and R."""
+        count = images.shape[1] if images.ndim == 5 else 1
+        if images.ndim not in (4, 5) or images.shape[-3] != 3:
+            raise ValueError(
+                f"images: expected [B, 3, H, W], or [B, R, 3, H, W] for R references, got {list(images.shape)}"
+            )
+        if not 1 <= count <= self.max_references:
+            raise ValueError(
+                f"images: {type(self).__name__} takes 1 to {self.max_references} references per edit, got {count}"
+            )
+        self.latent_shape(*images.shape[-2:])
+        return images.reshape(-1, *images.shape[-3:]), count
+
+    def _reference_count(self, references: Tensor, height: int, width: int) -> int:
+        """How many references of height × width pixels the latents [n, R·M, C] are."""
+        tokens, channels = self.latent_shape(height, width)
+        count, rest = divmod(references.shape[1], tokens)
+        if rest or references.shape[2] != channels:
+            raise ValueError(
+                f"references: expected latents [n, R·{tokens}, {channels}] of images of {height}×{width} pixels, got "
+                f"{list(references.shape)}; say reference_size where it is not the edit's, and bring all references of "
+                "a batch to one size"
+            )
+        if not 1 <= count <= self.max_references:
+            raise ValueError(
+                f"references: {type(self).__name__} takes 1 to {self.max_references} per edit, got {count}"
+            )
+        return count
+
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
         """σ from linspace(1, 1/T, T) with the family's own shift of it, exactly the pipeline's."""
         scheduler = self.pipeline.scheduler.__class__.from_config(self.pipeline.scheduler.config)
@@ -105,6 +137,12 @@ class PipelineEditor:
     def _shift(self, tokens: int, num_steps: int) -> float:
         """μ of the dynamic shift for N latent tokens."""
         raise NotImplementedError
+
+    def invalidate(self) -> None:
+        """Nothing here outlives a change of the weights."""
+
+    def backward_references(self) -> None:
+        """Nothing: gradients reach the weights through each condition itself."""
 
     def save_lora(self, directory: str | Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, rank and alpha in its metadata, for `pipe.load_lora_weights`."""
@@ -126,6 +164,13 @@ class PipelineEditor:
                 'negative_prompt=" " and encode the text with it'
             )
         return {name: torch.cat([value, text[NEGATIVE + name]]) for name, value in positive.items()}, 2
+
+    def _sequence(self, latents: Tensor, condition: Condition) -> Tensor:
+        """[n · branches, N + M, C] in the transformer's dtype: the state of every branch, then its references."""
+        states = latents.to(self.dtype)
+        if condition.branches > 1:
+            states = states.repeat(condition.branches, 1, 1)
+        return states if condition.references is None else torch.cat([states, condition.references], dim=1)
 
     def _timestep(self, timestep: Tensor, batch: int, branches: int) -> Tensor:
         """[batch · branches] in the transformer's dtype, over 1000, as the pipelines hand it over."""

@@ -7,7 +7,6 @@ question, forward and backward, and no key-value cache, which gradient checkpoin
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from mtedit_fast.judge.attention import additive, batch_vision_attention, branch_mask
 from mtedit_fast.judge.prompts import JudgePrompt
 from mtedit_fast.ops import digit_score, token_log_probs
-from mtedit_fast.qwen_vl import ImageSpec, prepare_images
+from mtedit_fast.qwen_vl import ImageSpec, encode_images, hidden_states, prepare_images
 from mtedit_fast.training.judge.answers import Answers, Branch
 from mtedit_fast.training.judge.data import JudgeExample
 from mtedit_fast.training.judge.objectives import score_weights
@@ -32,9 +32,16 @@ class Row(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Model inputs of B rows, padded on the right to S tokens, and where in them to look."""
+    """B rows, padded on the right to S tokens, and where in them to look."""
 
-    inputs: dict[str, Any]
+    ids: Tensor
+    """[B, S]"""
+    positions: Tensor
+    """[3, B, S] rotary."""
+    mask: Tensor | None
+    """[B, 1, S, S], who sees whom, as the attention implementation takes it; None for causal."""
+    files: list[Path]
+    """Of the images in ids, row by row."""
     tokens: Tensor
     """[T] flat index into [B·S] of the position that predicts each learned token."""
     targets: Tensor
@@ -78,7 +85,6 @@ class Packer(Answers):
                 f"{self.attention}"
             )
         batch_vision_attention(model.model.visual)
-        self.shares_images = "mm_encoder_outputs" in inspect.signature(model.model.forward).parameters
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +103,7 @@ class Packer(Answers):
         return len(self.trunk(row.example).ids) + sum(len(branch.inputs) for branch in row.branches)
 
     def pack(self, rows: Sequence[Row]) -> Batch:
-        """[B] rows as model inputs; their images are prepared here, each file once."""
+        """[B] rows as one batch."""
         width = -(-max(map(self.length, rows)) // 8) * 8  # the alignment that masked attention kernels want
         count = len(rows)
         ids = np.full((count, width), 0 if self.image_id else 1, dtype=np.int64)  # what pads is never seen
@@ -129,14 +135,14 @@ class Packer(Answers):
                     slot_turn.append(turn)
                 branch_number, at = branch_number + 1, end
         device = self.device
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "position_ids": positions.to(device),
-            "attention_mask": self._mask(torch.from_numpy(segment).to(device)),
-            **self._images([file for row in rows for file in row.example.files]),
-        }
         lists = (tokens, targets, token_branch, slots, slot_branch, slot_turn)
-        return Batch(inputs, *(torch.tensor(values, dtype=torch.int64, device=device) for values in lists))
+        return Batch(
+            torch.from_numpy(ids).to(device),
+            positions.to(device),
+            self._mask(torch.from_numpy(segment).to(device)),
+            [file for row in rows for file in row.example.files],
+            *(torch.tensor(values, dtype=torch.int64, device=device) for values in lists),
+        )
 
     def _mask(self, segment: Tensor) -> Tensor | None:
         """[B, 1, S, S]: a token sees the trunk and its own branch up to itself; None where that is plainly causal."""
@@ -145,52 +151,37 @@ class Packer(Answers):
         mask = branch_mask(segment, segment.new_zeros(len(segment)), 0)
         return mask if self.attention == "sdpa" else additive(mask, self.model.dtype)
 
-    def questions(self, examples: Sequence[JudgeExample]) -> dict[str, Any]:
-        """Inputs of the questions alone, padded on the right, for `judge.sampling.sample_answers`."""
-        trunks = list(map(self.trunk, examples))
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t.ids) for t in trunks], batch_first=True)
-        positions = torch.nn.utils.rnn.pad_sequence([t.positions.T for t in trunks], batch_first=True).permute(2, 0, 1)
-        lengths = torch.tensor([len(trunk.ids) for trunk in trunks])
-        inputs = {
-            "input_ids": ids.to(self.device),
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device),
-            "position_ids": positions.contiguous().to(self.device),
-        }
-        return self._encoded(inputs | self._images([file for example in examples for file in example.files]))
-
-    def _images(self, files: list[Path]) -> dict[str, Any]:
-        unique = list(dict.fromkeys(files)) if self.shares_images else files
-        pixels, grid = prepare_images(
-            [self.load(file).to(self.device) for file in unique], self.images, dtype=self.model.dtype
-        )
-        images: dict[str, Any] = {"pixel_values": pixels, "image_grid_thw": grid}
-        if len(unique) < len(files):
-            number = {file: index for index, file in enumerate(unique)}
-            images["order"] = [number[file] for file in files]
-        return images
-
     # ---- the model
 
-    def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs with repeated images through the vision tower, each once."""
-        inputs = dict(inputs)
-        order = inputs.pop("order", None)
-        if order is not None:
-            features = self.model.model.get_image_features(
-                inputs.pop("pixel_values"), inputs.pop("image_grid_thw"), return_dict=True
-            )
-            features.pooler_output = [features.pooler_output[i] for i in order]
-            deepstack = getattr(features, "deepstack_features", None) or []
-            features.deepstack_features = [[layer[i] for i in order] for layer in deepstack]
-            inputs["mm_encoder_outputs"] = {"image": features}
-        return inputs
+    def features(self, files: Sequence[Path]) -> list[list[Tensor]]:
+        """`qwen_vl.encode_images` of files, each of which goes through the vision tower once however often it comes."""
+        unique = list(dict.fromkeys(files))
+        images = [self.load(file).to(self.device) for file in unique]
+        encoded = encode_images(self.model, *prepare_images(images, self.images, dtype=self.model.dtype))
+        feature = dict(zip(unique, encoded, strict=True))
+        return [feature[file] for file in files]
+
+    def states(self, batch: Batch, features: Sequence[list[Tensor]], cache: DynamicCache | None = None) -> Tensor:
+        """The last hidden states [B, S, H]. features: of batch.files. cache: as of `qwen_vl.hidden_states`."""
+        return hidden_states(self.model, batch.ids, features, batch.positions, batch.mask, cache)
+
+    def prefill(self, examples: Sequence[JudgeExample]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+        """Questions without answers: hidden, cache, mask and position of `judge.sampling.continue_answers`."""
+        batch, cache = self.pack([Row(example, []) for example in examples]), DynamicCache()
+        states = self.states(batch, self.features(batch.files), cache)
+        rows, width = (torch.arange(size, device=self.device) for size in batch.ids.shape)
+        lengths = torch.tensor([len(self.trunk(example).ids) for example in examples], device=self.device)
+        return states[rows, lengths - 1], cache, width < lengths[:, None], batch.positions.amax((0, 2)) + 1
 
     def predict(self, batch: Batch, truth: Tensor | None = None) -> Prediction:
         """What the model gives the learned tokens and the scores, with gradient where it is enabled.
 
         truth: [M] true score of every slot, NaN where unknown.
         """
-        states = self.model.model(**self._encoded(batch.inputs), use_cache=False).last_hidden_state
+        return self.read(self.states(batch, self.features(batch.files)), batch, truth)
+
+    def read(self, states: Tensor, batch: Batch, truth: Tensor | None = None) -> Prediction:
+        """`predict` from the batch's last hidden states [B, S, H]."""
         with torch.autocast(states.device.type, enabled=False):  # which would round the head's logits
             return self._head(states.flatten(0, 1), batch, truth)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -137,11 +138,19 @@ class Imitation:
         return loss + self.squared_weight * squared_error if self.squared_weight else loss
 
 
-class _Sampled:
+class _Sampled(ABC):
     """What the methods that sample answers share."""
 
     def __init__(self, config: JudgeConfig, packer: Packer) -> None:
         self.packer, self.config = packer, config
+
+    @abstractmethod
+    def question(self, example: JudgeExample, answers: Sequence[Sequence[int]]) -> Question:
+        """answers: [n] token ids."""
+
+    def questions(self, examples: Sequence[JudgeExample], step: int, metrics: Metrics) -> list[Question]:
+        sampled = self.sample(examples, step, metrics)
+        return [self.question(example, answers) for example, answers in zip(examples, sampled, strict=True)]
 
     def sample(self, examples: Sequence[JudgeExample], step: int, metrics: Metrics) -> list[list[list[int]]]:
         """[questions][n] token ids, written by the present weights; the random numbers depend on (seed, step) alone."""
@@ -182,12 +191,7 @@ class Accuracy(_Sampled):
     whose answers all have the same reward teaches nothing and is not run.
     """
 
-    def questions(self, examples: Sequence[JudgeExample], step: int, metrics: Metrics) -> list[Question]:
-        sampled = self.sample(examples, step, metrics)
-        return [self.question(example, answers) for example, answers in zip(examples, sampled, strict=True)]
-
     def question(self, example: JudgeExample, answers: Sequence[Sequence[int]]) -> Question:
-        """answers: [n] token ids."""
         normalize = leave_one_out if self.config.method.name == "rloo" else group_normalized
         rewards = torch.tensor([self.accuracy(example, ids) or 0.0 for ids in answers], dtype=torch.float64)
         branches, member = _distinct([Branch(tuple(ids), (), tuple(range(len(ids)))) for ids in answers])
@@ -217,12 +221,7 @@ class Real(_Sampled):
     a readable score has p(y) = 0, the largest error the scale allows, and no part in the second term.
     """
 
-    def questions(self, examples: Sequence[JudgeExample], step: int, metrics: Metrics) -> list[Question]:
-        sampled = self.sample(examples, step, metrics)
-        return [self.question(example, answers) for example, answers in zip(examples, sampled, strict=True)]
-
     def question(self, example: JudgeExample, answers: Sequence[Sequence[int]]) -> Question:
-        """answers: [n] token ids."""
         branches, member = _distinct(
             [
                 self.packer.forced_branch(example, ids) or Branch(tuple(ids), (), tuple(range(len(ids))))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mtedit_fast.judge.sampling import sample_answers, stops
+from mtedit_fast.judge.sampling import continue_answers, stops
 from mtedit_fast.training.judge.batch import Packer
 from mtedit_fast.training.judge.data import JudgeExample
 
@@ -31,8 +31,8 @@ def sample(
 ) -> list[list[list[int]]]:
     """[examples][n] token ids of answers, up to the end of the last score.
 
-    batch: questions per call of `judge.sampling.sample_answers`, which are of equally many turns. progress: called
-    with the number of questions done.
+    batch: questions prefilled together, which are of equally many turns. progress: called with the number of
+    questions done.
     """
     training = packer.model.training
     packer.model.eval()
@@ -41,10 +41,11 @@ def sample(
         same = [index for index, example in enumerate(examples) if len(example.edits) == turns]
         for start in range(0, len(same), batch):
             part = same[start : start + batch]
-            found = sample_answers(
+            found = continue_answers(
                 packer.model,
                 packer.tokenizer,
-                packer.questions([examples[index] for index in part]),
+                *packer.prefill([examples[index] for index in part]),
+                rope_axes=3,
                 n=n,
                 temperature=temperature,
                 top_p=top_p,
