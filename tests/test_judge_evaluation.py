@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from judge_training import RUBRIC, new_parts, write_examples
+from judge_truth import spread
 from scipy import stats
 
-from mtedit_fast.judge import HuggingFaceJudge, JudgePrompt
+from mtedit_fast.judge import HuggingFaceJudge, JudgePrompt, prepare_images
 from mtedit_fast.judge.prompts import SCALES
 from mtedit_fast.training.judge.agreement import METRICS, agreement, weighted_agreement
 from mtedit_fast.training.judge.batch import Packer
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.judge.evaluation import predict, predict_with, summarize, write_predictions
 from mtedit_fast.training.judge.report import write_report
+from mtedit_fast.training.judge.sampling import sample
 
 
 def scipy_agreement(x, y):
@@ -123,17 +125,31 @@ def test_sampled_scores_follow_the_softmax_over_the_score_tokens(judged):
     assert abs(scored[0].sampled.mean() - exact) < 5 * 1.5 / math.sqrt(4000)
 
 
+def plain_inputs(packer, example, answer=()):
+    """Of the model's own forward: one question, and the beginning of an answer."""
+    ids = torch.tensor([[*packer.trunk(example).ids, *answer]])
+    pixels, grid = prepare_images([packer.load(file) for file in example.files], packer.images)
+    types = (ids == packer.image_id).int()
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": types}
+
+
 def plain_expectation(packer, example, ids, end):
     """Σ k p_k after the first `end` tokens of an answer, by one plain forward."""
-    inputs = packer.questions([example])
-    row = torch.tensor([[*packer.trunk(example).ids, *ids[:end]]])
-    images = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw", "mm_encoder_outputs")}
-    if "mm_encoder_outputs" in images:
-        pytest.fail("the images of one example differ")
-    types = (row == packer.image_id).int()
-    logits = packer.model(input_ids=row, mm_token_type_ids=types, **images).logits[0, -1].double()
+    logits = packer.model(**plain_inputs(packer, example, ids[:end])).logits[0, -1].double()
     p = logits.softmax(0)[list(packer.score_ids)]
     return (p * torch.tensor(packer.scale.values).double()).sum().item()
+
+
+@pytest.mark.parametrize("batch", [2, 32])
+def test_thoughts_are_written_as_by_generate(judged, batch):
+    """Questions of different lengths together, whose originals are shared."""
+    parts, data = judged
+    model = spread(new_parts().model)
+    packer = Packer(model, *parts[1:], JudgePrompt(rubric=RUBRIC, thinking=True), data.image)
+    options = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 6, "generator": torch.Generator()}
+    for example, answers in zip(data, sample(packer, data.examples, n=2, batch=batch, **options), strict=True):
+        whole = model.generate(**plain_inputs(packer, example), do_sample=False, max_new_tokens=6)[0]
+        assert answers == [packer.cut(whole[len(packer.trunk(example).ids) :].tolist())] * 2
 
 
 def test_thinking_scores_stand_where_the_answer_was_written(judged, monkeypatch):

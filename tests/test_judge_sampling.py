@@ -1,6 +1,5 @@
 """Sampled answers against transformers' generate, against the model's probabilities, and read by a thinking judge."""
 
-import inspect
 import math
 
 import judge_truth as truth
@@ -67,22 +66,22 @@ def test_the_likeliest_tokens_are_those_of_generate(model, turns, side):
         assert own == [ids, ids]
 
 
-def test_given_positions_and_features_are_used(model):
-    if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
-        pytest.skip("this transformers takes no encoded images")
+def test_given_positions_are_used(model):
+    """Positions three times as far apart: a model that sees them so writes something else."""
     _, (inputs, _) = questions()
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
-    )
-    with torch.no_grad():
-        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    given = {
-        "input_ids": inputs["input_ids"],
-        "position_ids": positions,
-        "mm_encoder_outputs": {"image": features},
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    positions = 3 * model.model.get_rope_index(ids, types, image_grid_thw=inputs["image_grid_thw"])[0]
+    ((own,),) = sample_answers(model, TOKENIZER, inputs | {"position_ids": positions}, temperature=0, max_new_tokens=6)
+    steps = positions.max() + torch.arange(1, 7)
+    whole = inputs | {
+        "input_ids": torch.cat([ids, torch.tensor([own])], 1),
+        "mm_token_type_ids": torch.cat([types, torch.zeros(1, 6, dtype=types.dtype)], 1),
+        "position_ids": torch.cat([positions, steps.expand(3, 1, -1)], 2),
     }
-    expected = sample_answers(model, TOKENIZER, inputs, temperature=0, max_new_tokens=6)
-    assert sample_answers(model, TOKENIZER, given, temperature=0, max_new_tokens=6) == expected
+    with torch.no_grad():
+        likeliest = model(**whole).logits[0, ids.shape[1] - 1 : -1].argmax(1)
+    assert own == likeliest.tolist()
+    assert own != sample_answers(model, TOKENIZER, inputs, temperature=0, max_new_tokens=6)[0][0]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.5, 0.6)])

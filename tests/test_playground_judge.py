@@ -1,14 +1,18 @@
 """The playground's judge: its grades, its data, its training and its committed weights."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from judge_truth import spread
 from safetensors.torch import load_file
 from scipy import stats
+from torch.nn.functional import cross_entropy
 
-from mtedit_fast.judge import HuggingFaceJudge, ImageSpec, JudgePrompt
+from mtedit_fast.judge import ImageSpec, JudgePrompt, prepare_images
+from mtedit_fast.judge.prompts import write_answer
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.playground import models, rewards
 from mtedit_fast.training.playground.build import Recipe, build
@@ -158,26 +162,37 @@ def test_tokenizer_keeps_scores_and_tags_single():
     assert tokenizer.unk_token_id not in tokenizer("Change the count of wood red circle to 3")["input_ids"]
 
 
-def test_answers_of_one_sequence_are_those_of_sequences_of_their_own(graded):
-    """Loss positions: all turns in one row predict what a row per turn, cut off there, predicts."""
+def plain_cross_entropy(model, graded, row, turns, opening, learned, thinking):
+    """Of each token of `learned`, by a plain forward of the question about some turns, then `opening`, then these."""
     tokenizer = new_judge_tokenizer()
-    model = new_judge_model(3, tokenizer)
-    loss = JudgeLoss(model, tokenizer, graded)
-    example = loss.example(4, range(3), False)
-    at = (example.labels >= 0).nonzero()[:, 0].tolist()
-    assert [tokenizer.convert_ids_to_tokens(int(example.labels[i])) for i in at] == [
-        str(int(g)) for g in graded.grades[4]
-    ]
-    assert [int(example.branch[i]) for i in at] == [1, 2, 3]
-    judge = HuggingFaceJudge(model, tokenizer, IMAGES, PLAYGROUND_PROMPT)
-    scores = judge.score(graded.images[4:5, 0], graded.images[4:5, 1:], graded.instructions[4:5])
-    logits = {}
-    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.setdefault("all", output))
+    messages = replace(PLAYGROUND_PROMPT, thinking=thinking).messages([graded.instructions[row][k] for k in turns])
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + opening
+    before, ids = (tokenizer.encode(t) for t in (text.replace("<|image_pad|>", "<|image_pad|>" * CELLS), learned))
+    whole = torch.tensor([before + ids])
+    pixels, grid = prepare_images(graded.images[row, [turns[0], *(k + 1 for k in turns)]], IMAGES)
+    types = (whole == model.config.image_token_id).int()
+    out = model(input_ids=whole, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=types)
+    return cross_entropy(out.logits[0, len(before) - 1 : -1], torch.tensor(ids), reduction="none").tolist()
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_are_learned_as_in_sequences_of_their_own(graded, thinking):
+    """The scores of all turns in one row, or one turn's whole answer."""
+    model = spread(new_judge_model(3))
+    rows, first = [4, 7, 4], [2, 0, 1] if thinking else [0, 0, 0]
+    loss, expected = JudgeLoss(model, new_judge_tokenizer(), graded), []
     with torch.no_grad():
-        loss.losses([example], torch.tensor([4]), torch.tensor([0]), 3)
-    ids = tokenizer.convert_tokens_to_ids(list("12345"))
-    expected = logits["all"][:, ids].softmax(1) @ torch.arange(1.0, 6.0)
-    assert torch.allclose(scores.score[0], expected, atol=1e-4)
+        _, metrics = loss.losses(torch.tensor(rows), torch.tensor(first), 1 if thinking else 3, thinking)
+        for row, start in zip(rows, first, strict=True):
+            grades = [str(grade) for grade in graded.grades[row].tolist()]
+            if thinking:
+                answer = write_answer([grades[start]], thought(graded.status[row, start].tolist())) + "<|im_end|>"
+                expected += plain_cross_entropy(model, graded, row, [start], "", answer, True)
+            else:
+                for turn, grade in enumerate(grades, 1):
+                    opening = f"<Turn{turn}Score>"
+                    expected += plain_cross_entropy(model, graded, row, [0, 1, 2], opening, grade, False)
+    assert metrics["answer"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -187,7 +202,7 @@ def test_every_kind_of_step_has_a_finite_loss_and_gradients_everywhere(graded, s
     value, metrics = loss(2, generator_for(1, seed))
     value.backward()
     assert np.isfinite(value.item())
-    assert set(metrics) == {"answer", "right", "cells", "status"}
+    assert set(metrics) == {"answer", "cells", "status"}
     missing = [name for name, p in loss.named_parameters() if p.grad is None]
     assert missing == []
 

@@ -43,8 +43,8 @@ def sample_answers(
     Args:
         model: a ForConditionalGeneration of transformers, in eval mode; with LoRA or without.
         inputs: keyword arguments of model.model's forward. input_ids [B, L] and, where questions are padded, on
-            either side, attention_mask [B, L]; images as the model takes them (pixel_values or mm_encoder_outputs).
-            position_ids [B, L] or [3, B, L] are worked out where they are not given.
+            either side, attention_mask [B, L]; images as the model takes them. position_ids [B, L] or [3, B, L] are
+            worked out where they are not given.
         temperature: 0 takes the likeliest token. top_p: keep the likeliest tokens that make up this much probability.
         stop: an answer ends once it holds these texts, in this order, or at one of the model's end tokens, or after
             max_new_tokens.
