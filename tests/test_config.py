@@ -98,6 +98,13 @@ def test_overrides():
         ("rollout.window.size=2", r"rollout\.window\.hi: required, but missing"),
         ("data.resolution=512x512", r"data\.resolution: expected pixels, such as 512 or \[512, 768\], got '512x512'"),
         ("data.resolution=[1, 2, 3]", r"data\.resolution: expected pixels"),
+        ("rollout={latent_chain: true, reference_resolution: 32}", r"reference_resolution: expected null with latent"),
+        (
+            "rollout.precision=fp8",
+            r"rollout\.precision: fp8 cannot be replayed exactly: expected .*forward_rows",
+        ),
+        ("objective.importance_cap=2.0", r"importance_cap: expected null where there is nothing to correct"),
+        ("model.compile=true", r"model\.compile: Input should be 'none', 'blocks' or 'whole', got True"),
         ("model.lora.dropout=0.1", r"model\.lora\.dropout: expected 0, because dropout would break the exact replay"),
         ("model.family=sdxl", r"model\.family: Input should be 'kontext', .* or 'flux2_klein', got 'sdxl'"),
         ("rewards=[]", r"rewards: List should have at least 1 item"),

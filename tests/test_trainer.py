@@ -1,6 +1,7 @@
 """The training loop: exact ratios, resume after SIGKILL, replay modes, objectives, controls, evaluation."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tiny import tiny_editor
 from tiny_train import tiny_trainer
 
 from mtedit_fast.training.advantages import AdvantageResult
+from mtedit_fast.training.update import UpdateStats
 
 
 def adapter(trainer):
@@ -232,3 +234,54 @@ def test_average_is_the_exponential_mean_of_the_iterates(tmp_path):
     plain = tiny_trainer(tmp_path / "plain", "optimizer.ema_decay=0", "run.iterations=2")
     list(plain.fit())
     assert all(torch.equal(a, p) for a, p in zip(plain.adapters.averages, plain.update.parameters, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_rollouts_in_fp8_are_learned_from_in_the_models_own_precision(tmp_path, objective):
+    common = ("optimizer.forward_rows=4", "run.iterations=2", f"objective.name={objective}")
+    plain = next(iter(tiny_trainer(tmp_path, *common, "run.output_dir=" + str(tmp_path / "plain")).fit()))
+    capped = ("objective.importance_cap=1.0001",) if objective == "grpo" else ()
+    trainer = tiny_trainer(tmp_path, *common, *capped, "rollout.precision=fp8")
+    metrics = list(trainer.fit())
+    assert trainer.fp8.layers > 0
+    assert not trainer.fp8.on
+    assert metrics[0]["loss"] != plain["loss"]
+    if objective == "nft":
+        return
+    for each in metrics:
+        drift = each["log_prob/max_drift_first_update"]
+        assert drift > plain["log_prob/max_drift_first_update"]
+        assert each["ratio/max_error_first_update"] == 0  # between policies alone, both in the trained precision
+        assert math.exp(-drift) <= each["importance/mean"] <= 1.0001
+        assert each["importance/max_weight"] <= 1.0001 * (1 + 1e-6)
+
+
+def test_importance_weights_multiply_the_loss(tmp_path):
+    """p trained / p sampled from the stored log-probs, moved by hand; truncated at the cap."""
+    trainer = tiny_trainer(tmp_path, "optimizer.forward_rows=16", "objective.importance_cap=1.5")
+    records = [trainer.chains[0]]
+    trajectories, rewards = trainer.sample(records, iteration=0)
+    batch = trainer.learning_batch(trajectories, trainer.advantages(trajectories, rewards, records))
+    chunk = trainer.objective.shares(batch, 1)[0][0]
+    shift = torch.linspace(-0.3, 0.9, len(chunk.rows))
+
+    def loss(move):
+        stored = batch.trajectories.log_probs.clone()
+        batch.trajectories.log_probs[chunk.rows, chunk.turn, chunk.index] -= move
+        total = trainer.objective.loss(batch, chunk, UpdateStats())
+        batch.trajectories.log_probs = stored
+        return total.item()
+
+    advantage = batch.advantage(chunk).clamp(-5, 5)
+    assert loss(0 * shift) == pytest.approx(-advantage.sum().item(), abs=1e-4)
+    expected = -(advantage * shift.exp().clamp(max=1.5)).sum().item()
+    assert loss(shift) == pytest.approx(expected, rel=1e-4)
+    assert abs(expected + advantage.sum().item()) > 1e-2
+
+
+def test_whole_compilation_and_attention_of_the_configuration_reach_the_model(tmp_path):
+    trainer = tiny_trainer(tmp_path, "model.compile=whole", "model.attention=native", "rollout.cuda_graphs=false")
+    assert trainer.model._compiled_call_impl is not None
+    assert trainer.sample.editor is trainer.editor
+    with pytest.raises(ValueError, match="attention: flash3 cannot be used here"):
+        tiny_trainer(tmp_path, "model.attention=flash3")

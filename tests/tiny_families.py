@@ -1,10 +1,11 @@
-"""Tiny random pipelines of the Qwen-Image-Edit and FLUX.2-Klein classes, built offline."""
+"""Tiny random pipelines of the Qwen-Image-Edit, FLUX.2-Klein and Klein-KV classes, built offline."""
 
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     QwenImageEditPipeline,
@@ -79,12 +80,30 @@ def _finish(pipeline):
 
 
 def tiny_klein(*, is_distilled: bool = True) -> Flux2KleinPipeline:
+    return _attentive(_finish(Flux2KleinPipeline(*_klein_components(), is_distilled)))
+
+
+def tiny_klein_kv(*, num_layers: int = 2, num_single_layers: int = 2) -> Flux2KleinKVPipeline:
+    """Blocks after the first see what the references became."""
+    return _attentive(_finish(Flux2KleinKVPipeline(*_klein_components(num_layers, num_single_layers))))
+
+
+def _attentive(pipeline):
+    """As drawn, attention is all but uniform and its gates all but closed: an output would hardly show its inputs."""
+    for name, parameter in pipeline.transformer.named_parameters():
+        parameter.data *= 3 if ".norm_" in name else 4 if "modulation" in name else 1
+    pipeline.transformer.proj_out.weight.data *= 2
+    return pipeline
+
+
+def _klein_components(num_layers: int = 1, num_single_layers: int = 1):
+    """Scheduler, VAE, text encoder, tokenizer, transformer."""
     torch.manual_seed(0)
     text = Qwen3Config(
         vocab_size=len(IDS),
         hidden_size=8,
         intermediate_size=16,
-        num_hidden_layers=27,
+        num_hidden_layers=30,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
@@ -103,8 +122,8 @@ def tiny_klein(*, is_distilled: bool = True) -> Flux2KleinPipeline:
     vae.bn.running_var.uniform_(0.5, 2)
     transformer = Flux2Transformer2DModel(
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,
@@ -112,13 +131,15 @@ def tiny_klein(*, is_distilled: bool = True) -> Flux2KleinPipeline:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    return _finish(
-        Flux2KleinPipeline(_scheduler(), vae, Qwen3ForCausalLM(text), _tokenizer(), transformer, is_distilled)
-    )
+    return _scheduler(), vae, Qwen3ForCausalLM(text), _tokenizer(), transformer
 
 
-def tiny_qwen(kind: type = QwenImageEditPipeline, **options):
-    """A QwenImageEditPipeline or its Plus; options of the transformer."""
+def tiny_qwen(kind: type = QwenImageEditPipeline, *, patch_size: int = 16, **options):
+    """A QwenImageEditPipeline or its Plus; options of the transformer.
+
+    patch_size: of the text encoder's vision tower. 16 leaves sides that are multiples of 32 as they are; 14, as in
+    the checkpoints, resizes them once more.
+    """
     torch.manual_seed(0)
     text = Qwen2_5_VLConfig(
         text_config={
@@ -138,6 +159,7 @@ def tiny_qwen(kind: type = QwenImageEditPipeline, **options):
             "intermediate_size": 16,
             "num_heads": 2,
             "out_hidden_size": 16,
+            "patch_size": patch_size,
             "fullatt_block_indexes": [0],
         },
         vision_start_token_id=IDS["<|vision_start|>"],
@@ -156,20 +178,39 @@ def tiny_qwen(kind: type = QwenImageEditPipeline, **options):
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
-        num_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
-        **options,
+        **{"num_layers": 2, **options},
     )
+    encoder = Qwen2_5_VLForConditionalGeneration(text)
+    for parameter in encoder.parameters():  # as they are drawn, attention is uniform and positions hardly count
+        if parameter.ndim > 1:
+            parameter.data *= 12
+    images = Qwen2VLImageProcessorPil(patch_size=patch_size, min_pixels=28 * 28, max_pixels=112 * 112)
     pipeline = kind(
         scheduler=_scheduler(),
         vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        text_encoder=encoder,
         tokenizer=_tokenizer(),
-        processor=ImageProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=112 * 112), _tokenizer()),
+        processor=ImageProcessor(images, _tokenizer()),
         transformer=transformer,
     )
     pipeline.prompt_template_encode_start_idx = 5
-    return _finish(pipeline)
+    _finish(pipeline)
+    for parameter in transformer.parameters():  # as above
+        if parameter.ndim > 1:
+            parameter.data *= 2
+    return pipeline
+
+
+def positioned(pipeline):
+    """A QwenImageEditPipeline whose text encoder is told which tokens are images, as transformers 5 must be to place
+    them; the stock pipelines leave it out."""
+
+    def tell(encoder, args, kwargs):
+        return args, kwargs | {"mm_token_type_ids": (kwargs["input_ids"] == encoder.config.image_token_id).int()}
+
+    pipeline.text_encoder.register_forward_pre_hook(tell, with_kwargs=True)
+    return pipeline

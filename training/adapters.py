@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mtedit_fast.editors.reference_cache import Weights
 
 POLICY, OLD = "default", "old"
 
@@ -145,6 +147,10 @@ class Adapters:
             _copy(self._weights(OLD), self.parameters)
         self.old_is_current = old
         """True only if the old policy is known to equal θ exactly, so that its forward need not be run."""
+        self._versions = {POLICY: 0, OLD: 1}  # equal numbers are equal values; while old is current, θ's holds for it
+        self._last_version = 1
+        self._marks = {name: self._mark(name) for name in model.peft_config}
+        model.weight_plan = self
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
         """A moving average of θ, tensors as in `parameters`."""
 
@@ -224,6 +230,56 @@ class Adapters:
     def _old_names(self) -> tuple[str, ...]:
         return (OLD,) if self.has_old else ()
 
+    # ---- `WeightPlan`, for what is derived from the weights and outlives a forward
+
+    def weights_of(self, rows: int) -> list[Weights]:
+        """The weights that each of `rows` rows of a batch would see now.
+
+        A change of θ or the old policy that went by every method here is noticed, unless it was through `.data`.
+
+        Raises:
+            ValueError: `rows()` is for batches of another size.
+        """
+        for name, mark in self._marks.items():
+            if self._mark(name) != mark:
+                self._changed(name)
+        plan, layer = self._plan, self._layers[0]
+        names = tuple(layer.active_adapters) if plan.adapters is None else plan.adapters
+        if layer.disable_adapters:
+            names = ()
+        adapted, base = self._seen(names), self._seen(())
+        if plan.share is None:
+            return [adapted] * rows
+        parts, of = plan.share
+        if rows == 0 or rows % plan.rows:
+            raise ValueError(f"rows: expected a batch of {plan.rows} rows, or whole copies of it, got {rows}")
+        first = plan.rows // of * parts
+        return ([adapted] * first + [base] * (plan.rows - first)) * (rows // plan.rows)
+
+    def seeing(self, weights: Weights) -> AbstractContextManager[None]:
+        """Every row with `weights`; for θ's, gradients go to θ."""
+        return self._planned(weights.adapters)
+
+    def versions(self) -> set[Hashable]:
+        """Of the base, θ and the old policy."""
+        return {self._seen(names).version for names in ((), (POLICY,), self._old_names)}
+
+    def _seen(self, adapters: tuple[str, ...]) -> Weights:
+        numbers = [self._versions[POLICY if name == OLD and self.old_is_current else name] for name in adapters]
+        return Weights(tuple(numbers), POLICY in adapters, adapters)
+
+    def _changed(self, adapter: str) -> None:
+        """θ or the old policy has new values, and the two are no longer known to be equal."""
+        if self.old_is_current:
+            self._versions[OLD], self.old_is_current = self._versions[POLICY], False
+        self._last_version += 1
+        self._versions[adapter] = self._last_version
+        self._marks[adapter] = self._mark(adapter)
+
+    def _mark(self, adapter: str) -> int:
+        """Grows with every change in place."""
+        return sum(factor[adapter].weight._version for layer in self._layers for factor in (layer.lora_A, layer.lora_B))
+
     # ---- the old policy and the average follow θ
 
     def update_old(self, decay: float) -> None:
@@ -234,11 +290,14 @@ class Adapters:
         """
         self._require_old("update_old")
         _follow(self._weights(OLD), self.parameters, decay)
+        if not self.old_is_current:
+            self._changed(OLD)
         self.old_is_current |= decay == 0
+        self._marks[OLD] = self._mark(OLD)
 
     def stepped(self) -> None:
         """The optimizer changed θ."""
-        self.old_is_current = False
+        self._changed(POLICY)
 
     def update_average(self, decay: float) -> None:
         """averages ← decay·averages + (1 − decay)·θ.
@@ -252,13 +311,15 @@ class Adapters:
     def averaged(self) -> Iterator[None]:
         """The average in place of θ, to evaluate or export it; θ comes back bit for bit."""
         current = [parameter.detach().clone() for parameter in self.parameters]
-        was_current, self.old_is_current = self.old_is_current, False
+        was_current, version = self.old_is_current, self._versions[POLICY]
         _copy(self.parameters, self._placed_averages())
+        self._changed(POLICY)
         try:
             yield
         finally:
             _copy(self.parameters, current)
-            self.old_is_current = was_current
+            self.old_is_current, self._versions[POLICY] = was_current, version
+            self._marks[POLICY] = self._mark(POLICY)
 
     def _placed_averages(self) -> list[Tensor]:
         """The averages where and as θ is, which may have been moved or sharded since."""
@@ -304,7 +365,7 @@ class Adapters:
         """
         self._check(adapter, tensors)
         _copy(self._weights(adapter), [tensors[name] for name in self.names])
-        self.old_is_current = False
+        self._changed(adapter)
 
     def _check(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         if tensors.keys() != set(self.names):

@@ -36,8 +36,11 @@ class ModelConfig(Section):
         default="fp32", description="of the frozen weights and the transformer's input"
     )
     lora: LoRAConfig = LoRAConfig()
-    compile: bool = Field(
-        default=False, description="compile each repeated block of the transformer, once (minutes, then faster)"
+    compile: Literal["none", "blocks", "whole"] = Field(
+        default="none", description="the transformer: each kind of block once, or as one graph (minutes, then faster)"
+    )
+    attention: Literal["native", "cudnn", "flash", "flash3", "flash3_hub", "xformers"] = Field(
+        default="native", description="back end; native is torch's own choice, flash3 is for Hopper GPUs"
     )
     activation_checkpointing: bool = Field(
         default=False, description="recompute the blocks' activations in the backward: less memory, a third slower"
@@ -90,10 +93,20 @@ class RolloutConfig(Section):
     )
     eta: float = Field(default=0.7, gt=0, description="noise level")
     window: WindowConfig | None = Field(default=None, description="stochastic steps; null: all but the last")
-    micro_batch: int = Field(default=32, ge=1, description="samples per transformer forward")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples per transformer forward; null: the most that is estimated to fit the GPU",
+    )
     guidance_scale: float = Field(default=1.0, ge=0, description="the editor's embedded guidance")
     reference_resolution: Resolution | None = Field(
         default=None, description="pixels that references are brought to, a side or [height, width]; null: the edit's"
+    )
+    precision: Literal["model", "fp8"] = Field(
+        default="model", description="of the sampler's linear layers; fp8 needs compute capability 8.9 and no sharding"
+    )
+    cuda_graphs: bool = Field(
+        default=True, description="replay each denoising step as one captured launch; the same numbers, on CUDA alone"
     )
     latent_chain: bool = Field(
         default=False, description="hand latents to the next turn without decode, 8-bit and encode"
@@ -151,6 +164,11 @@ class ObjectiveConfig(Section):
         default=0.0, ge=0, description="of the distance to the model without its adapter; 0: not computed"
     )
     clip_range: float = Field(default=1e-4, gt=0, description="grpo: of the ratio around 1")
+    importance_cap: float | None = Field(
+        default=None,
+        gt=0,
+        description="grpo: weight samples by min(p trained / p sampled, this), for a rollout in another precision",
+    )
     kl_form: Literal["flow_grpo", "exact"] = Field(
         default="flow_grpo", description="grpo: without the step size, or the Gaussian's"
     )
@@ -280,6 +298,20 @@ class TrainConfig(Section):
                     f"objective.draws: expected at most the {steps} noise levels of rollout.num_steps, got "
                     f"{self.objective.draws}; or set objective.times to uniform"
                 )
+        low, exact = self.rollout.precision != "model", self.exact_replay
+        if low and exact:
+            raise ValueError(
+                f"rollout.precision: {self.rollout.precision} cannot be replayed exactly: expected "
+                "optimizer.forward_rows or memory_gib, with which old log-probs are taken in the trained precision, or "
+                "objective.name nft or crd"
+            )
+        if low and self.run.sharding != "none":
+            raise ValueError(f"rollout.precision: expected model with run.sharding {self.run.sharding}, got fp8")
+        if self.objective.importance_cap is not None and (exact or self.objective.likelihood_free):
+            raise ValueError(
+                "objective.importance_cap: expected null where there is nothing to correct (an exact replay, nft, crd); "
+                "set optimizer.forward_rows for grpo"
+            )
         if self.optimizer.forward_rows is not None and self.optimizer.memory_gib is not None:
             raise ValueError("optimizer: expected forward_rows or memory_gib, which decides on it, got both")
         return self

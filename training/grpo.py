@@ -25,7 +25,9 @@ class GRPO:
 
     Compact (`forward_rows` n): kept rows alone, n (trajectory, step) samples per forward. The shape then is another,
     so old log-probs are taken by the same path: for the first optimizer step they are the log-probs themselves, for
-    the later ones a forward without gradient; the drift from the stored ones is reported.
+    the later ones a forward without gradient; the drift from the stored ones is reported. After a rollout in another
+    precision the ratio is therefore between policies alone, and `importance_cap` weights each sample by
+    min(exp(old log-prob − stored log-prob), cap): truncated importance sampling.
     """
 
     def __init__(self, editor: Editor, adapters: Adapters, config: ObjectiveConfig, forward_rows: int | None):
@@ -82,6 +84,10 @@ class GRPO:
         else:
             result = grpo(*log_probs, advantage, **clip)
         losses = result.loss
+        if config.importance_cap is not None:
+            weight = (old - _stored(batch, chunk)).exp().clamp(max=config.importance_cap)[keep]
+            stats.record(**{"importance/mean": weight, "importance/max_weight": weight})
+            losses = losses * weight
         if config.kl_weight:
             with torch.no_grad(), self.adapters.reference():
                 reference = self._replay(batch, chunk).mean

@@ -158,6 +158,7 @@ class _Measured:
 
     weights: int
     root: int  # of them outside the blocks
+    blocks: int
     block: int  # largest block's weights
     adapter: int  # elements of one LoRA adapter
     vae: int
@@ -175,6 +176,8 @@ class _Measured:
 
 def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
     """What `config` takes on each of `gpus` GPUs, with nothing loaded and nothing allocated.
+
+    An open micro-batch counts as one group.
 
     The transformer and the VAE of `model.path` run on the meta device in the shapes of the run. Reward models are not
     in it, nor is mixed precision (`run.precision`), which keeps some activations in fp32.
@@ -200,6 +203,8 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "LoRA and optimizer": copies * 4 * measured.adapter,
         "trajectories": _trajectories(config, measured, gpus),
     }
+    if config.rollout.precision == "fp8":
+        held["fp8 copy of the blocks"] = measured.blocks // size
     rollout = gathered | {"largest of forward and decode": max(measured.sample, measured.decode)}
     update = gathered | {"graph": measured.graph, "largest block or forward": max(measured.work, measured.others)}
     return MemoryEstimate(held, rollout, update)
@@ -242,11 +247,12 @@ def _measure(dumped: str) -> _Measured:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
     with torch.device("meta"), _default(dtype):
         transformer, vae = family.transformer.from_config(public.transformer), family.vae.from_config(public.vae)
-    arguments = dict.fromkeys(inspect.signature(family.pipeline).parameters)
+    pipeline = public.pipeline or family.pipeline
+    arguments = dict.fromkeys(inspect.signature(pipeline).parameters)
     arguments |= {"transformer": transformer, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
     if "is_distilled" in arguments:
         arguments["is_distilled"] = public.is_distilled
-    editor: Any = EDITORS[config.model.family](family.pipeline(**arguments))
+    editor: Any = EDITORS[config.model.family](pipeline(**arguments))
     weights, vae_bytes = _bytes(transformer), _bytes(vae)
     names = set(transformer._no_split_modules)
     blocks = [module for module in transformer.modules() if type(module).__name__ in names]
@@ -265,7 +271,10 @@ def _measure(dumped: str) -> _Measured:
     resolution = config.rollout.reference_resolution
     reference_size = (height, width) if resolution is None else size_of(resolution)
     reference_tokens, _ = editor.latent_shape(*reference_size)
-    shapes = family.text(config.rollout.max_sequence_length, transformer.config)
+    text_tokens = config.rollout.max_sequence_length
+    if editor.text_sees_image:
+        text_tokens += editor.text_image_tokens(height, width)
+    shapes = family.text(text_tokens, transformer.config)
     if config.model.family != "kontext" and guidance > 1 and not public.is_distilled:
         shapes |= {NEGATIVE + name: shape for name, shape in shapes.items()}
 
@@ -287,7 +296,8 @@ def _measure(dumped: str) -> _Measured:
 
     optimizer, objective = config.optimizer, config.objective
     with FusedAttention():
-        rows = optimizer.forward_rows or config.rollout.micro_batch
+        micro_batch = config.rollout.micro_batch or config.rollout.group_size
+        rows = optimizer.forward_rows or micro_batch
         if optimizer.memory_gib is not None:
             rows = max(1, int(optimizer.memory_gib * 2**30 // graph_bytes(partial(velocity, 1))))
         last: dict[type, Callable[[], Any]] = {}  # of each kind of block, as it was called
@@ -306,7 +316,6 @@ def _measure(dumped: str) -> _Measured:
         old = objective.likelihood_free and (objective.old_decay != "on_policy" or optimizer.updates_per_iteration > 1)
         copies = old + (objective.kl_weight > 0)
         others = peak_bytes(partial(velocity, copies * rows)) if copies else 0
-        micro_batch = config.rollout.micro_batch
         sample = peak_bytes(partial(velocity, micro_batch))
         latents = torch.empty(micro_batch, tokens, channels, device="meta")
         decode = peak_bytes(lambda: editor.decode(latents, height, width))
@@ -314,6 +323,7 @@ def _measure(dumped: str) -> _Measured:
     return _Measured(
         weights=weights,
         root=weights - sum(in_blocks),
+        blocks=sum(in_blocks),
         block=max(in_blocks),
         adapter=sum(parameter.numel() for parameter in adapters.parameters),
         vae=vae_bytes,

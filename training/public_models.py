@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -22,6 +23,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
 from safetensors import safe_open
@@ -66,12 +68,14 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class PublicModel:
-    """Fields of the transformer's and the VAE's configuration, parameters of the text encoders."""
+    """Fields of the transformer's and the VAE's configuration, parameters of the text encoders, the pipeline's class if
+    it is not the family's first."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text_parameters: int
     is_distilled: bool = False  # needs no second branch for guidance
+    pipeline: Any = None
 
 
 _FLUX_VAE: dict[str, Any] = {
@@ -106,8 +110,8 @@ _QWEN3_4B, _QWEN3_8B = 4_022_468_096, 8_190_735_360
 PUBLIC: dict[str, PublicModel] = {
     "black-forest-labs/FLUX.1-Kontext-dev": PublicModel({"guidance_embeds": True}, _FLUX_VAE, _T5_CLIP),
     "Qwen/Qwen-Image-Edit": PublicModel({}, {}, _QWEN_VL),
-    "Qwen/Qwen-Image-Edit-2509": PublicModel({}, {}, _QWEN_VL),
-    "Qwen/Qwen-Image-Edit-2511": PublicModel({"zero_cond_t": True}, {}, _QWEN_VL),
+    "Qwen/Qwen-Image-Edit-2509": PublicModel({}, {}, _QWEN_VL, pipeline=QwenImageEditPlusPipeline),
+    "Qwen/Qwen-Image-Edit-2511": PublicModel({"zero_cond_t": True}, {}, _QWEN_VL, pipeline=QwenImageEditPlusPipeline),
     "black-forest-labs/FLUX.2-klein-4B": PublicModel(_KLEIN_4B, {}, _QWEN3_4B, is_distilled=True),
     "black-forest-labs/FLUX.2-klein-9B": PublicModel(_KLEIN_9B, {}, _QWEN3_8B, is_distilled=True),
     "black-forest-labs/FLUX.2-klein-base-4B": PublicModel(_KLEIN_4B, {}, _QWEN3_4B),
@@ -133,7 +137,11 @@ def describe(path: str | Path) -> PublicModel:
         for name in ("transformer/config.json", "vae/config.json", "model_index.json")
     )
     return PublicModel(
-        transformer, vae, _parameters(folder.glob("text_encoder*/*.safetensors")), bool(index.get("is_distilled"))
+        transformer,
+        vae,
+        _parameters(folder.glob("text_encoder*/*.safetensors")),
+        bool(index.get("is_distilled")),
+        getattr(diffusers, index["_class_name"], None),
     )
 
 

@@ -8,22 +8,37 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.editors import Editor
+from mtedit_fast.editors.fp8 import Float8Switch
+from mtedit_fast.editors.graphs import GraphedEditor
 from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
 from mtedit_fast.sampling import sde_window
 from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training.adapters import Adapters
 from mtedit_fast.training.config import TrainConfig, size_of
 from mtedit_fast.training.data import Record
+from mtedit_fast.training.headroom import WITHOUT_GPU
 from mtedit_fast.training.rewards import RewardBatch, RewardStream, step_rewards
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Sampler:
-    """Rolls out with θ, or with the old policy where an objective samples from it, and scores what comes out."""
+    """Rolls out with θ, or with the old policy where an objective samples from it, and scores what comes out.
 
-    def __init__(self, editor: Editor, adapters: Adapters, config: TrainConfig, timer: PhaseTimer):
-        self.editor, self.adapters, self.config, self.timer = editor, adapters, config, timer
+    fp8: on while sampling.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        adapters: Adapters,
+        config: TrainConfig,
+        timer: PhaseTimer,
+        fp8: Float8Switch | None = None,
+    ):
+        self.adapters, self.config, self.timer, self.fp8 = adapters, config, timer, fp8
+        graphs = config.rollout.cuda_graphs and config.run.sharding == "none"  # sharded weights come and go
+        self.editor: Editor = GraphedEditor(editor) if graphs else editor
 
     def __call__(
         self, records: list[Record], *, iteration: int, first_group: int = 0
@@ -40,7 +55,7 @@ class Sampler:
         seeds = sample_seeds(self.config.run.seed, iteration, last * size)[first_group * size :]
         sampler = nullcontext() if self._samples_with_policy else self.adapters.old()
         with RewardStream(self.config.rewards) as stream:
-            with self.timer("rollout"), sampler:
+            with self.timer("rollout"), sampler, torch.no_grad(), self.fp8 or nullcontext():
                 trajectories = rollout(
                     self.editor,
                     references,
@@ -91,7 +106,7 @@ class Sampler:
             variant=config.variant,
             eta=config.eta,
             window=None if window is None else (window.start, window.stop),
-            micro_batch=config.micro_batch,
+            micro_batch=config.micro_batch or WITHOUT_GPU,
             guidance_scale=config.guidance_scale,
             reference_size=None if config.reference_resolution is None else size_of(config.reference_resolution),
             latent_chain=config.latent_chain,

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mtedit_fast.editors import Editor
+from mtedit_fast.editors.fp8 import Float8Switch
+from mtedit_fast.editors.speed import compile_transformer, set_attention
 from mtedit_fast.rollout import Trajectories
 from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training import distributed
@@ -30,6 +32,7 @@ from mtedit_fast.training.config_file import dump_config
 from mtedit_fast.training.data import EditChains, Record
 from mtedit_fast.training.evaluation import Evaluation, evaluate
 from mtedit_fast.training.grpo import GRPO
+from mtedit_fast.training.headroom import FirstIteration, settle_micro_batch
 from mtedit_fast.training.memory import rows_within
 from mtedit_fast.training.nft import NFT
 from mtedit_fast.training.rebalance import rebalance
@@ -63,6 +66,8 @@ class Trainer:
         self.device = self.accelerator.device if torch.cuda.is_available() else torch.device("cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self._check_groups()
+        self.config = config = settle_micro_batch(config, self.device, self.world)
+        self._guarded = FirstIteration(self, self.world)
         self.model: Any = editor.transformer  # the module itself; editor.transformer may become a wrapper
         self.adapters = Adapters(
             self.model,
@@ -72,6 +77,7 @@ class Trainer:
             seed=config.run.seed,
             old=config.objective.likelihood_free,
         )
+        self.fp8: Float8Switch | None = None
         self._prepare_model()
         self.optimizer = torch.optim.AdamW(
             self.adapters.parameters,
@@ -91,7 +97,7 @@ class Trainer:
             sharded=config.run.sharding != "none",
         )
         self.timer = PhaseTimer(self.device)
-        self.sample = Sampler(editor, self.adapters, config, self.timer)
+        self.sample = Sampler(editor, self.adapters, config, self.timer, self.fp8)
         self.iteration = 0
 
     def _stepped(self) -> None:
@@ -115,10 +121,12 @@ class Trainer:
         config = self.config
         if config.model.activation_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if config.model.compile:
-            # Blocks compile anew for every plan of adapters and gradient mode; past the limit torch runs them eagerly.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            self.model.compile_repeated_blocks()
+        if config.model.attention != "native":
+            set_attention(self.editor, config.model.attention)
+        if config.rollout.precision == "fp8":
+            self.fp8 = Float8Switch(self.editor)
+        if config.model.compile != "none":
+            compile_transformer(self.editor, config.model.compile)
         if config.run.sharding == "fsdp2":
             shard(self.model, self.device)
         # Evaluation mode: autocast only, without DistributedDataParallel (see training.distributed).
@@ -132,7 +140,9 @@ class Trainer:
         if self.config.exact_replay:
             return GRPO(self.editor, self.adapters, config, None)
         kind = NFT if config.likelihood_free else GRPO
-        return kind(self.editor, self.adapters, config, rows or self.config.rollout.micro_batch)
+        rows = rows or self.config.rollout.micro_batch
+        assert rows is not None  # settled
+        return kind(self.editor, self.adapters, config, rows)
 
     # ---- the loop
 
@@ -146,7 +156,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         with metrics_path.open("a") if main else nullcontext() as lines:
             while self.iteration < run.iterations:
-                metrics = self.step()
+                metrics = self._guarded(self.step)
                 self.iteration += 1
                 if every and self.iteration % every == 0 and self.held_out is not None:
                     metrics |= self.evaluate().metrics()

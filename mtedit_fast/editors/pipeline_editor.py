@@ -57,10 +57,9 @@ class PipelineEditor:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        max_sequence_length: int = 512,
-        negative_prompt: str | None = None,
+        **options: Any,
     ) -> Self:
-        """Load a checkpoint in the public layout, by hub name or local folder.
+        """Load a checkpoint in the public layout, by hub name or local folder; options as the constructor's.
 
         Raises:
             FileNotFoundError: `path` looks like a local folder and is not there.
@@ -73,8 +72,7 @@ class PipelineEditor:
                 f"pass a local folder or a hub name such as {cls.example}"
             )
         pipeline: Any = DiffusionPipeline.from_pretrained(local if local.exists() else path, dtype=dtype)
-        options = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
-        return cls(pipeline.to(device), max_sequence_length=max_sequence_length, **options)
+        return cls(pipeline.to(device), **options)
 
     @property
     def device(self) -> torch.device:
