@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import harness
 import pytest
 import torch
+from peers.update_loop import Masked, Serial
 from torch import Tensor
-from update_peers import DTYPES, Case, LowPrecision, Masked, Serial, Setup, full, tiny
+from update_setup import DTYPES, Case, LowPrecision, Setup, full, tiny
 
 from mtedit_fast.training.config import ObjectiveConfig, OptimizerConfig
 from mtedit_fast.training.grpo import GRPO

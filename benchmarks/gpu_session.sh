@@ -90,11 +90,32 @@ tests digit_score tests/test_digit_score.py tests/test_digit_score_registration.
 tests crop_resize tests/test_crop_resize.py tests/test_crop_resize_errors.py "${extension[@]}"
 if has diffusers && has pydantic; then
   tests update tests/test_rollout.py tests/test_adapters.py tests/test_update.py
+  tests rollout tests/test_bench_rollout.py tests/test_fp8.py tests/test_speed.py
   tests consistency tests/test_consistency.py
   tests judge tests/test_judge_huggingface.py
 else
   say "no diffusers or no pydantic: without the tests and benches of whole models"
 fi
+
+# rollout NAME SECONDS EDITOR OPTIONS...: a row that is not exact, or not its peer's, is refused by the bench itself
+rollout() { bench "rollout of $1" "$2" rollout benchmarks/bench_rollout.py --turns 1 --editor "${@:3}"; }
+
+rollout "kontext" 300 kontext
+rollout "kontext, compiled" 420 kontext --compile whole
+rollout "kontext, fp8" 480 kontext --compile blocks --dtype fp8
+rollout "klein-kv, 1024" 360 klein-kv --size 1024 --group 8
+rollout "klein-kv" 180 klein-kv --group 8
+rollout "klein" 180 klein --group 4
+rollout "klein, graphs" 180 klein --group 4 --cuda-graphs
+rollout "qwen" 480 qwen --group 8
+rollout "kontext, three turns" 480 kontext --turns 3 --group 8
+rollout "kontext, group of 4" 180 kontext --group 4
+rollout "kontext, group of 8" 240 kontext --group 8
+rollout "kontext, 1024" 540 kontext --size 1024 --group 4
+rollout "kontext, 1024, fp8" 540 kontext --size 1024 --group 4 --compile blocks --dtype fp8
+rollout "klein-kv, fp8" 300 klein-kv --size 1024 --group 8 --compile blocks --dtype fp8
+rollout "qwen, 1024" 540 qwen --size 1024 --group 4 --steps 4 --samples 2
+rollout "qwen, fp8" 540 qwen --group 8 --compile blocks --dtype fp8
 
 bench "update" 420 update benchmarks/bench_update.py --full --only nft
 bench "update, compiled" 540 update benchmarks/bench_update.py --full --only compile

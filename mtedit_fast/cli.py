@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mtedit_fast.cli_bench import add_bench
 from mtedit_fast.cli_edival import edival_app, evaluate
 from mtedit_fast.cli_judge import judge_app
 
@@ -26,6 +27,7 @@ app.add_typer(playground_app, name="playground")
 app.add_typer(edival_app, name="edival")
 app.add_typer(judge_app, name="judge")
 app.command()(evaluate)
+add_bench(app)
 
 STUDIES = {"multi_turn": ("study", "study", 12), "judge": ("judge_study", "judge", 60)}
 """Name: module, folder of its runs, and how long each is."""

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
+
+from mtedit_fast import cli_bench
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -19,7 +23,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_sde_step as bench  # noqa: E402
 import bench_update  # noqa: E402
 import harness  # noqa: E402
-import update_peers  # noqa: E402
+import update_setup  # noqa: E402
+from peers import update_loop  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -147,17 +152,17 @@ def test_the_command_measures_each_row_once(tmp_path, capsys):
     assert "holds all 2 rows of this commit already" in capsys.readouterr().out
 
 
-def small(device: torch.device, dtype: torch.dtype = torch.float32) -> update_peers.Case:
+def small(device: torch.device, dtype: torch.dtype = torch.float32) -> update_setup.Case:
     """4 trajectories of one turn, 2 noise levels and 2 stored steps."""
-    return update_peers.Case("tiny", dtype, device, 1, 4, 1, 3, 2, 2, 2, 3, (3, 8), 2)
+    return update_setup.Case("tiny", dtype, device, 1, 4, 1, 3, 2, 2, 2, 3, (3, 8), 2)
 
 
 @pytest.fixture(scope="module")
-def setup() -> update_peers.Setup:
-    return update_peers.Setup(small(CPU))
+def setup() -> update_setup.Setup:
+    return update_setup.Setup(small(CPU))
 
 
-def update_rows(setup: update_peers.Setup, group: str) -> dict[str, bench_update.Row]:
+def update_rows(setup: update_setup.Setup, group: str) -> dict[str, bench_update.Row]:
     rows = {row.backend: row for row in bench_update.bench(setup, group, min_seconds=0.0)}
     assert all(row.error <= 1 for row in rows.values())
     for row in rows.values():
@@ -200,8 +205,8 @@ def test_batched_replay_agrees_with_the_exact_one_and_reports_its_drift(setup):
 
 
 def test_an_update_with_another_gradient_is_refused(setup, monkeypatch):
-    right = update_peers.published_nft
-    monkeypatch.setattr(update_peers, "published_nft", lambda *args, **options: 1.01 * right(*args, **options))
+    right = update_loop.published_nft
+    monkeypatch.setattr(update_loop, "published_nft", lambda *args, **options: 1.01 * right(*args, **options))
     with pytest.raises(RuntimeError, match=r"^nft, both: gradient .* times as far from that of serial both .*: no row"):
         bench_update.bench(setup, "nft", min_seconds=0.0)
 
@@ -253,3 +258,55 @@ def test_the_gpu_session_names_files_that_exist():
     named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", script))
     assert len(named) >= 5
     assert all((BENCHMARKS.parent / path).is_file() for path in named)
+
+
+@pytest.fixture
+def command() -> typer.Typer:
+    app = typer.Typer()
+    app.callback()(lambda: None)  # a command of its own name, as in `mtedit-fast bench`
+    cli_bench.add_bench(app)
+    return app
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """With one bench, which imports its neighbour and prints how it was called, and one that cannot be imported."""
+    (tmp_path / "neighbour_of_bench.py").write_text("VALUE = 7\n")
+    (tmp_path / "bench_one.py").write_text(
+        "import sys\nimport neighbour_of_bench\n"
+        "if __name__ == '__main__':\n    print(neighbour_of_bench.VALUE, sys.argv)\n"
+    )
+    (tmp_path / "bench_two.py").write_text("import no_such_module_anywhere\n")
+    monkeypatch.setattr(cli_bench, "BENCHMARKS", tmp_path)
+    return tmp_path
+
+
+def test_the_command_lists_the_benches(command):
+    listed = CliRunner().invoke(command, ["bench"]).output.split()
+    assert listed == sorted(path.stem[len("bench_") :] for path in BENCHMARKS.glob("bench_*.py"))
+    assert "rollout" in listed
+
+
+@pytest.mark.parametrize("arguments", [[], ["--size", "1024", "value"], ["--help"], ["-x", "--", "y"]])
+def test_the_command_hands_everything_after_the_name_to_the_bench(command, folder, arguments):
+    before = sys.argv, list(sys.path)
+    result = CliRunner().invoke(command, ["bench", "one", *arguments])
+    assert result.exit_code == 0, result.exception
+    assert result.output == f"7 {[str(folder / 'bench_one.py'), *arguments]}\n"
+    assert (sys.argv, sys.path) == before
+    sys.modules.pop("neighbour_of_bench")
+
+
+def test_the_command_says_what_is_missing(command, folder, monkeypatch):
+    with pytest.raises(ValueError, match=r"^bench: expected one of one, two, got 'three'"):
+        CliRunner().invoke(command, ["bench", "three"], catch_exceptions=False)
+    with pytest.raises(ImportError, match=r"^bench two: .*no_such_module_anywhere.*; pip install -e '\.\[dev\]'"):
+        cli_bench.run_bench("two", [])
+    monkeypatch.setattr(cli_bench, "BENCHMARKS", folder / "nowhere")
+    for arguments in (["bench"], ["bench", "one"]):
+        with pytest.raises(FileNotFoundError, match="nowhere: they are not part of the installed package"):
+            CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def test_the_commands_own_help_comes_before_the_name(command):
+    assert "bench rollout" in CliRunner().invoke(command, ["bench", "--help"]).output

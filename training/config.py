@@ -105,6 +105,10 @@ class RolloutConfig(Section):
     precision: Literal["model", "fp8"] = Field(
         default="model", description="of the sampler's linear layers; fp8 needs compute capability 8.9 and no sharding"
     )
+    engine: str | None = Field(
+        default=None,
+        description="folder of `mtedit-fast export --lora-rank`, which samples in the model's place (nft, crd)",
+    )
     cuda_graphs: bool = Field(
         default=True, description="replay each denoising step as one captured launch; the same numbers, on CUDA alone"
     )
@@ -305,11 +309,16 @@ class TrainConfig(Section):
                 "optimizer.forward_rows or memory_gib, with which old log-probs are taken in the trained precision, or "
                 "objective.name nft or crd"
             )
+        if self.rollout.engine is not None and not (self.objective.likelihood_free and self.run.sharding == "none"):
+            raise ValueError(
+                "rollout.engine: an engine has no log-probs of the trained model: expected objective.name nft or crd, "
+                f"and run.sharding none, got {self.objective.name} and {self.run.sharding}"
+            )
         if low and self.run.sharding != "none":
             raise ValueError(f"rollout.precision: expected model with run.sharding {self.run.sharding}, got fp8")
         if self.objective.importance_cap is not None and (exact or self.objective.likelihood_free):
             raise ValueError(
-                "objective.importance_cap: expected null where there is nothing to correct (an exact replay, nft, crd); "
+                "objective.importance_cap: expected null where there is nothing to correct (exact replay, nft, crd); "
                 "set optimizer.forward_rows for grpo"
             )
         if self.optimizer.forward_rows is not None and self.optimizer.memory_gib is not None:

@@ -121,7 +121,7 @@ class FirstIteration:
             raise torch.OutOfMemoryError(
                 f"out of memory with rollout.micro_batch {config.rollout.micro_batch}"
                 f"{' after halving it' if self.halved else ''}; estimated need {self._estimate().header()}. Lower "
-                "rollout.micro_batch, set model.activation_checkpointing or optimizer.memory_gib, or train on more GPUs "
+                "rollout.micro_batch, set model.activation_checkpointing or optimizer.memory_gib, or take more GPUs "
                 f"with run.sharding fsdp2 (mtedit-fast memory). torch says: {error}"
             ) from error
 
@@ -129,8 +129,8 @@ class FirstIteration:
         """What was taken, beside what was estimated; more than estimated is worth a warning."""
         taken, expected = torch.cuda.max_memory_allocated(self.trainer.device), self._estimate().total
         if taken > expected:
+            gib = f"{taken / 2**30:.1f} GiB, estimated {expected / 2**30:.1f}"
             Console(stderr=True).print(
-                f"[yellow]memory: the first iteration took {taken / 2**30:.1f} GiB, estimated {expected / 2**30:.1f}[/] "
-                "(reward models are not in the estimate)"
+                f"[yellow]memory: the first iteration took {gib}[/] (reward models are not in the estimate)"
             )
         return {"memory/peak_gib": taken / 2**30, "memory/estimated_gib": expected / 2**30}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +20,17 @@ from mtedit_fast.training.data import Record
 from mtedit_fast.training.headroom import WITHOUT_GPU
 from mtedit_fast.training.rewards import RewardBatch, RewardStream, step_rewards
 
+if TYPE_CHECKING:
+    from mtedit_fast.export.pipeline import EnginePipeline
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Sampler:
     """Rolls out with θ, or with the old policy where an objective samples from it, and scores what comes out.
 
-    fp8: on while sampling.
+    fp8: on while sampling. With `rollout.engine` the sampling policy's adapter is handed to an exported editor, which
+    samples in the model's place.
     """
 
     def __init__(
@@ -39,6 +44,12 @@ class Sampler:
         self.adapters, self.config, self.timer, self.fp8 = adapters, config, timer, fp8
         graphs = config.rollout.cuda_graphs and config.run.sharding == "none"  # sharded weights come and go
         self.editor: Editor = GraphedEditor(editor) if graphs else editor
+        self.engine: EnginePipeline | None = None
+        if config.rollout.engine is not None:
+            from mtedit_fast.export.pipeline import EnginePipeline
+
+            self.engine = EnginePipeline(config.rollout.engine)
+            self.editor = self.engine.editor
 
     def __call__(
         self, records: list[Record], *, iteration: int, first_group: int = 0
@@ -54,6 +65,9 @@ class Sampler:
         last = first_group + len(records)
         seeds = sample_seeds(self.config.run.seed, iteration, last * size)[first_group * size :]
         sampler = nullcontext() if self._samples_with_policy else self.adapters.old()
+        if self.engine is not None:
+            lora = self.config.model.lora
+            self.engine.set_lora(self._sampling_adapter(), lora.alpha / lora.rank)
         with RewardStream(self.config.rewards) as stream:
             with self.timer("rollout"), sampler, torch.no_grad(), self.fp8 or nullcontext():
                 trajectories = rollout(
@@ -73,6 +87,12 @@ class Sampler:
                     rewards = step_rewards(self.editor, trajectories, whole, self.config.rewards)
         trajectories.group = trajectories.group + first_group
         return trajectories, rewards
+
+    def _sampling_adapter(self) -> dict[str, Tensor]:
+        """A and B by layer, of θ or the old policy."""
+        if self._samples_with_policy:
+            return dict(zip(self.adapters.names, self.adapters.parameters, strict=True))
+        return self.adapters.state_dict()["old"]
 
     @property
     def _samples_with_policy(self) -> bool:

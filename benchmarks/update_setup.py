@@ -1,25 +1,22 @@
-"""What bench_update measures: an editor at two sizes with a batch of its own, and the update as others run it."""
+"""What bench_update measures: an editor at two sizes, with adapters and a batch of its own."""
 
 import copy
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import bench_adapters
 import torch
-from bench_nft_loss import published_nft
 from torch import Tensor
 
 from mtedit_fast.editors import Condition, KontextEditor
-from mtedit_fast.ops import advantage_to_reward, seeded_noise
-from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds, turn_seeds
-from mtedit_fast.training import nft
+from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
 from mtedit_fast.training.adapters import PlannedLinear
 from mtedit_fast.training.nft import NFT
 from mtedit_fast.training.playground.models import load_pipeline
-from mtedit_fast.training.update import Chunk, UpdateBatch, UpdateStats
+from mtedit_fast.training.update import UpdateBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,43 +91,6 @@ class Editor(KontextEditor):
         twin = copy.copy(self)
         twin.transformer = transformer
         return twin
-
-
-class Serial(NFT):
-    """The published loop (DiffusionNFT, arXiv 2509.16117): its `adapters` are peft's model, and nothing is skipped."""
-
-    def loss(self, batch: UpdateBatch, chunk: Chunk, stats: UpdateStats) -> Tensor:
-        trajectories, config = batch.trajectories, self.config
-        peft: Any = self.adapters
-        clean = trajectories.clean[chunk.rows, chunk.turn]
-        t = nft.times(trajectories, chunk, config.draws, spread=config.times, shared=False)
-        seeds = turn_seeds(trajectories.seeds[chunk.rows], chunk.turn) + chunk.index * nft._SPREAD
-        noisy = torch.lerp(clean, seeded_noise(seeds, clean.shape[1:], nft._NOISE), t[:, None, None])
-        forward = partial(trajectories.velocity, self.editor, noisy, 1000 * t, chunk.rows, chunk.turn)
-        peft.set_adapter("old")
-        with torch.no_grad():
-            old = forward()
-        peft.set_adapter("default")
-        theta = forward()
-        with torch.no_grad():
-            with peft.disable_adapter():
-                reference = forward()
-            peft.set_adapter("default")
-        r = advantage_to_reward(batch.advantage(chunk), mode=config.advantage_mode, clip=config.advantage_clip)
-        options = {"beta": config.beta, "kl_weight": config.kl_weight}
-        return published_nft(theta, old, reference, noisy, clean, t, r, **options).sum()
-
-
-class Masked(NFT):
-    """Filtered trajectories go through the transformer like the others; their losses are multiplied by zero."""
-
-    def shares(self, batch: UpdateBatch, count: int) -> list[list[Chunk]]:
-        filtered = replace(batch, keep=~batch.keep)
-        pairs = zip(super().shares(batch, count), super().shares(filtered, count), strict=True)
-        return [kept + rest for kept, rest in pairs]
-
-    def loss(self, batch: UpdateBatch, chunk: Chunk, stats: UpdateStats) -> Tensor:
-        return super().loss(batch, chunk, stats) * batch.keep[chunk.rows[0]]
 
 
 class LowPrecision(NFT):
