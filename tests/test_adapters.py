@@ -560,3 +560,111 @@ def test_another_rank_or_model_is_named():
     state["average"]["second.lora_A.weight"] = torch.zeros(RANK, 11)
     with pytest.raises(ValueError, match=r"average: expected second.lora_A.weight of shape \[3, 10\], got \[3, 11\]"):
         own.load_state_dict(state)
+
+
+# ---- versions of the weights
+
+
+def versions(own, rows=1):
+    return [weights.version for weights in own.weights_of(rows)]
+
+
+def test_rows_know_the_weights_they_see():
+    own = adapters()
+    (theta,) = versions(own)
+    assert own.weights_of(2) == [(theta, True, ("default",))] * 2
+    with own.old():
+        (old,) = versions(own)
+        assert not own.weights_of(1)[0].trainable
+    with own.reference():
+        (base,) = versions(own)
+    assert len({theta, old, base}) == 3
+    assert own.versions() == {theta, old, base}
+    with own.rows(2, 1):
+        assert versions(own, 3) == [old, old, base]
+        assert versions(own, 6) == [old, old, base] * 2
+        for count in (0, 4):
+            with pytest.raises(ValueError, match=rf"rows: expected a batch of 3 rows, or whole copies.*got {count}"):
+                own.weights_of(count)
+    with own.rows(2, 0):
+        assert versions(own, 5) == [old] * 5
+    with own.rows(0, 2):
+        assert versions(own, 2) == [base] * 2
+    own.model.disable_adapters()
+    assert versions(own) == [base]
+    own.model.enable_adapters()
+    alone = adapters(old=False)
+    with alone.old():
+        assert versions(alone) == [()]
+    assert alone.model.weight_plan is alone
+
+
+def test_a_version_ends_with_its_values():
+    own = adapters()
+    with own.reference():
+        base = versions(own)
+
+    def both():
+        with own.old():
+            return versions(own)[0], own.weights_of(1)[0].version, *old_and_theta()
+
+    def old_and_theta():
+        with own.old():
+            old = versions(own)[0]
+        with own._planned(("default",)):
+            return old, versions(own)[0]
+
+    seen = [old_and_theta()]
+
+    def now(old, theta):
+        """Whether old and θ are what they were at the last look."""
+        seen.append(old_and_theta())
+        return tuple(a == b for a, b in zip(seen[-1], seen[-2], strict=True)) == (old, theta)
+
+    own.stepped()
+    assert now(old=True, theta=False)
+    own.update_old(0.5)
+    assert now(old=False, theta=True)
+    own.update_old(0.0)
+    assert now(old=False, theta=True)
+    assert seen[-1][0] == seen[-1][1]  # a copy
+    own.update_old(0.5)  # of two equal values
+    assert now(old=True, theta=True)
+    with own.averaged():
+        assert now(old=True, theta=False)
+    assert now(old=True, theta=False)  # back
+    assert seen[-1] == seen[-3]
+    own.stepped()
+    assert now(old=True, theta=False)  # still the copy
+    own.load("default", dict(zip(own.names, own.parameters, strict=True)))
+    assert now(old=True, theta=False)
+    own.load("old", dict(zip(own.names, own.parameters, strict=True)))
+    assert now(old=False, theta=True)
+    own.load_state_dict(own.state_dict())
+    assert now(old=False, theta=True)
+    assert seen[-1][0] != seen[-1][1]
+    with torch.no_grad():
+        own.parameters[0].add_(1)  # without a word
+    assert now(old=True, theta=False)
+    assert len({old for old, _ in seen} | {theta for _, theta in seen}) == len(set(sum(seen, ())))
+    with own.reference():
+        assert versions(own) == base
+
+
+def test_weights_can_be_seen_again_by_all_rows():
+    own = adapters()
+    x = torch.randn(1, 6)
+    with own.rows(1, 1):
+        old, base = own.weights_of(2)
+        with own.seeing(old):
+            seen_old = own.model(x)
+        with own.seeing(base):
+            seen_base = own.model(x)
+        assert versions(own, 2) == [old.version, base.version]
+    with torch.no_grad(), own.old():
+        assert torch.equal(own.model(x), seen_old)
+    with torch.no_grad(), own.reference():
+        assert torch.equal(own.model(x), seen_base)
+    (theta,) = own.weights_of(1)
+    with own.reference(), own.seeing(theta):
+        assert own.model(x).requires_grad

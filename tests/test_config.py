@@ -106,7 +106,7 @@ def test_overrides():
         ("objective.importance_cap=2.0", r"importance_cap: expected null where there is nothing to correct"),
         ("model.compile=true", r"model\.compile: Input should be 'none', 'blocks' or 'whole', got True"),
         ("model.lora.dropout=0.1", r"model\.lora\.dropout: expected 0, because dropout would break the exact replay"),
-        ("model.family=sdxl", r"model\.family: Input should be 'kontext', .* or 'flux2_klein', got 'sdxl'"),
+        ("model.family=sdxl", r"model\.family: Input should be 'kontext', .* or 'flux2_klein_kv', got 'sdxl'"),
         ("rewards=[]", r"rewards: List should have at least 1 item"),
         ("rewards.0.path=pkg.mod.fn", r"rewards\.0\.path: String should match pattern"),
         ("rewards=[{name: a, path: p:f}, {name: a, path: q:f}]", r"rewards: expected distinct names, got a more than"),
@@ -130,6 +130,19 @@ def test_overrides():
 def test_wrong_overrides_name_the_field(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(MINIMAL, [override])
+
+
+def test_combinations_that_cannot_be():
+    nft = "objective.name=nft"
+    for overrides, message in (
+        (["model.family=flux2_klein_kv", "run.sharding=fsdp2"], r"run\.sharding: .*with model.family flux2_klein_kv"),
+        (["rollout.engine=engines"], r"rollout\.engine: .*expected objective.name nft or crd.*got grpo and none"),
+        ([nft, "rollout.engine=engines", "run.sharding=fsdp2"], r"rollout\.engine: .*got nft and fsdp2"),
+        ([nft, "rollout.precision=fp8", "run.sharding=fsdp2"], r"rollout\.precision: expected model with run.shard"),
+        ([nft, "objective.importance_cap=2.0"], r"importance_cap: expected null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(MINIMAL, overrides)
 
 
 def test_every_mistake_is_reported_at_once(tmp_path):

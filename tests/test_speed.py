@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 from tiny import SIZE, tiny_editor
+from tiny_families import tiny_klein_kv
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mtedit_fast.editors import KleinKVEditor
 from mtedit_fast.editors.graphs import GraphedEditor, StaticInputs, layout
 from mtedit_fast.editors.speed import ATTENTION, StepCachedEditor, compile_transformer, set_attention
 from mtedit_fast.rollout import RolloutConfig, replay, rollout, sample_seeds
@@ -71,6 +73,8 @@ def test_step_cache_skips_blocks_only_where_the_threshold_allows_it():
         replay(exact, plain, slice(0, 2), 0, 0)
     with pytest.raises(ValueError, match="threshold: expected > 0, got 0"):
         StepCachedEditor(other, threshold=0)
+    with pytest.raises(TypeError, match="not cache references' keys and values, got Klein"):
+        StepCachedEditor(KleinKVEditor(tiny_klein_kv()))
 
 
 def test_static_inputs_keep_addresses_and_broadcasts():

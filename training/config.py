@@ -30,7 +30,7 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["kontext", "qwen_image_edit", "flux2_klein"] = Field(default="kontext", description="editor family")
+    family: Literal["kontext", "qwen_image_edit", "flux2_klein", "flux2_klein_kv"] = Field(default="kontext", description="editor family")
     path: str | None = Field(default=None, description="pipeline folder or hub id; null: the tiny playground weights")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the frozen weights and the transformer's input"
@@ -302,6 +302,11 @@ class TrainConfig(Section):
                     f"objective.draws: expected at most the {steps} noise levels of rollout.num_steps, got "
                     f"{self.objective.draws}; or set objective.times to uniform"
                 )
+        if self.model.family == "flux2_klein_kv" and self.run.sharding != "none":
+            raise ValueError(
+                "run.sharding: processes extract unequal numbers of references' keys and values: expected none with "
+                f"model.family flux2_klein_kv, got {self.run.sharding}; or take flux2_klein"
+            )
         low, exact = self.rollout.precision != "model", self.exact_replay
         if low and exact:
             raise ValueError(

@@ -103,6 +103,7 @@ class FirstIteration:
         if self.trainer.device.type == "cuda":
             torch.cuda.empty_cache()
         self.trainer.optimizer.zero_grad()
+        self.trainer.editor.invalidate()  # gradients that wait at shared references are of the attempt that failed
         warnings.warn(
             f"out of memory in the first iteration: rollout.micro_batch is now {rollout.micro_batch} instead of "
             f"{before}; set it in the configuration to begin so",

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtedit_fast.editors import EDITORS
+from mtedit_fast.editors import EDITORS, KleinKVEditor
 from mtedit_fast.editors.pipeline_editor import NEGATIVE
 from mtedit_fast.training.adapters import Adapters
 from mtedit_fast.training.config import RunConfig, TrainConfig, size_of
@@ -172,6 +172,7 @@ class _Measured:
     channels: int
     reference_tokens: int
     text_sees_image: bool
+    references: int  # budget of the cache of their keys and values
 
 
 def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
@@ -203,6 +204,8 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "LoRA and optimizer": copies * 4 * measured.adapter,
         "trajectories": _trajectories(config, measured, gpus),
     }
+    if measured.references:
+        held["keys and values of references"] = measured.references
     if config.rollout.precision == "fp8":
         held["fp8 copy of the blocks"] = measured.blocks // size
     rollout = gathered | {"largest of forward and decode": max(measured.sample, measured.decode)}
@@ -337,6 +340,7 @@ def _measure(dumped: str) -> _Measured:
         channels=channels,
         reference_tokens=reference_tokens,
         text_sees_image=editor.text_sees_image,
+        references=editor.references.budget if isinstance(editor, KleinKVEditor) else 0,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
@@ -64,6 +65,9 @@ FAMILIES = {
         lambda length, config: {"embeds": (length, config.joint_attention_dim)},
     ),
 }
+
+
+FAMILIES["flux2_klein_kv"] = replace(FAMILIES["flux2_klein"], pipeline=Flux2KleinKVPipeline)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ PUBLIC: dict[str, PublicModel] = {
     "Qwen/Qwen-Image-Edit-2511": PublicModel({"zero_cond_t": True}, {}, _QWEN_VL, pipeline=QwenImageEditPlusPipeline),
     "black-forest-labs/FLUX.2-klein-4B": PublicModel(_KLEIN_4B, {}, _QWEN3_4B, is_distilled=True),
     "black-forest-labs/FLUX.2-klein-9B": PublicModel(_KLEIN_9B, {}, _QWEN3_8B, is_distilled=True),
+    "black-forest-labs/FLUX.2-klein-9b-kv": PublicModel(_KLEIN_9B, {}, _QWEN3_8B, is_distilled=True),
     "black-forest-labs/FLUX.2-klein-base-4B": PublicModel(_KLEIN_4B, {}, _QWEN3_4B),
     "black-forest-labs/FLUX.2-klein-base-9B": PublicModel(_KLEIN_9B, {}, _QWEN3_8B),
 }

@@ -93,16 +93,12 @@ class Trainer:
             self.objective,
             config.optimizer,
             after_backward=editor.backward_references,
-            on_step=self._stepped,
+            on_step=self.adapters.stepped,
             sharded=config.run.sharding != "none",
         )
         self.timer = PhaseTimer(self.device)
         self.sample = Sampler(editor, self.adapters, config, self.timer, self.fp8)
         self.iteration = 0
-
-    def _stepped(self) -> None:
-        self.adapters.stepped()
-        self.editor.invalidate()
 
     def _check_groups(self) -> None:
         groups = self.config.rollout.groups_per_iteration

@@ -33,7 +33,6 @@ class KontextEditor(PipelineEditor):
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
-        self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self._ids: dict[tuple[int, ...], Tensor] = {}
         self._txt_ids: dict[int, Tensor] = {}
 

@@ -45,6 +45,8 @@ class PipelineEditor:
         self.transformer: nn.Module = pipeline.transformer  # may be replaced by a wrapped (compiled) module: same call
         self.config = pipeline.transformer.config
         self.vae = pipeline.vae
+        if all(parameter.ndim < 5 for parameter in self.vae.parameters()):  # not Qwen's, which is for video
+            self.vae.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPU and GPU
         self.max_sequence_length, self.negative_prompt = max_sequence_length, negative_prompt
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):

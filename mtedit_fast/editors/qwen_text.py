@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mtedit_fast.editors.content import content_keys
 from mtedit_fast.qwen_vl import ImageSpec, encode_images, hidden_states, prepare_images
 
 __all__ = ["TextRows", "condition_size", "encode_prompts", "resize_lanczos"]
@@ -127,15 +127,9 @@ def _lanczos(before: int, after: int, device: torch.device) -> Tensor:
 def distinct(images: Tensor) -> tuple[list[int], list[int]]:
     """(the first row of each distinct image, which of them each row is) of images [B, ...] in [0, 1], in 256 levels.
 
-    By a 64-bit checksum of every row: one read of the images, and one of B numbers by the host.
+    By the content of every row: one read of the images, and one of B keys by the host.
     """
-    levels = (images.float() * 255).round().to(torch.uint8).flatten(1)
-    words = F.pad(levels, (0, -levels.shape[1] % 8)).view(torch.int64)
-    # Odd, unrelated multipliers: splitmix64 of a word's place.
-    z = torch.arange(words.shape[1], device=words.device) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        z = (z ^ (z >> shift)) * factor
-    keys = (words * (z | 1)).sum(1).tolist()
+    keys = content_keys((images.float() * 255).round().to(torch.uint8))
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
     return rows, [rows.index(first[key]) for key in keys]

@@ -9,6 +9,7 @@ from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 from mtedit_fast.editors.base import Condition, Editor, TextConditioning
+from mtedit_fast.editors.klein_kv import KleinKVEditor
 
 ATTENTION = {
     "native": "native",
@@ -73,6 +74,8 @@ class StepCachedEditor:
     def __init__(self, editor: Editor, threshold: float = 0.05):
         if not threshold > 0:
             raise ValueError(f"threshold: expected > 0, got {threshold}; use the editor itself for exact steps")
+        if isinstance(editor, KleinKVEditor):
+            raise TypeError("editor: expected one that does not cache references' keys and values, got KleinKVEditor")
         self.editor, self.model = editor, editor.transformer
         self.model.enable_cache(FirstBlockCacheConfig(threshold=threshold))  # type: ignore[operator]
 
