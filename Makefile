@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) setuptools wheel pybind11
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-build-isolation --editable ".[dev,export]"
 	@$(BIN)/python -c 'from mtedit_fast.ops import _cpp; print("C++ kernels:", _cpp.unavailable_reason() or "ready")'
 	@touch $(STAMP)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mtedit_fast.cli_bench import add_bench
 from mtedit_fast.cli_edival import edival_app, evaluate
+from mtedit_fast.cli_export import add_commands
 from mtedit_fast.cli_judge import judge_app
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.add_typer(edival_app, name="edival")
 app.add_typer(judge_app, name="judge")
 app.command()(evaluate)
 add_bench(app)
+add_commands(app)
 
 STUDIES = {"multi_turn": ("study", "study", 12), "judge": ("judge_study", "judge", 60)}
 """Name: module, folder of its runs, and how long each is."""

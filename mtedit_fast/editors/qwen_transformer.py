@@ -30,7 +30,9 @@ def take_tensors(transformer: Any) -> None:
     Raises:
         ValueError: something else has replaced the forward already.
     """
-    blocks = transformer.transformer_blocks
+    blocks = getattr(transformer, "transformer_blocks", None)
+    if blocks is None:
+        return  # an exported graph, which takes nothing else
     if isinstance(blocks[0].attn.processor, JointAttention):
         return  # another editor of the same pipeline
     if "forward" in vars(transformer):
