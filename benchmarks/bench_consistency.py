@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from peers.consistency_loop import ConsistencyLoop
+from peers.judge_loop import to_pil
 from torch import Tensor
-from transformers import BitImageProcessor, DINOv3ViTConfig, DINOv3ViTModel
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from mtedit_fast.edival import ContentConsistency
 from mtedit_fast.edival.background import pixel_boxes
-from mtedit_fast.edival.consistency import IMAGENET_MEAN, IMAGENET_STD
 from mtedit_fast.training.playground.models import load_dino
 from mtedit_fast.training.playground.world import CELLS, GRID, random_scenes, render
 
@@ -132,47 +131,16 @@ def ours(case: Case) -> Callable[[], Tensor]:
 
 
 def loop(case: Case) -> Callable[[], Tensor]:
-    """One turn after the other, two images to a forward: each object's crops, then the whole images."""
-    model, size = case.model, case.model.config.image_size
-    registers = getattr(model.config, "num_register_tokens", 0)
-    processor = BitImageProcessor(
-        size={"height": size, "width": size},
-        do_center_crop=False,
-        resample=Image.Resampling.BICUBIC,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
-    )
+    """One turn after the other (peers/consistency_loop.py)."""
+    metric = ConsistencyLoop(case.model)
     reference, edits = case.images
-
-    def pil(image: Tensor) -> Image.Image:
-        return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-    def features(*images: Image.Image) -> Tensor:
-        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        hidden = model(pixel_values=pixels.to(case.device, case.dtype)).last_hidden_state.float()
-        return torch.cat([hidden[:, :1], hidden[:, 1 + registers :]], 1)
-
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return F.cosine_similarity(a, b, dim=0).item()
-
-    def turn(before: Image.Image, after: Image.Image, boxes: list[list[int]]) -> float:
-        objects = []
-        for box in boxes:
-            a, b = features(before.crop(box), after.crop(box))
-            objects.append(0.5 * cosine(a[0], b[0]) + 0.5 * cosine(a[1:].mean(0), b[1:].mean(0)))
-        mask = Image.new("L", before.size, 255)
-        for left, top, right, bottom in boxes:
-            ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=0)
-        keep = torch.from_numpy(np.asarray(mask) / np.float32(255))[None, None].to(case.device)
-        weight = F.interpolate(keep, size // model.config.patch_size, mode="area").flatten()[:, None]
-        weight = weight * (weight >= 0.5)
-        a, b = ((F.normalize(tokens[1:], dim=-1) * weight).sum(0) / weight.sum() for tokens in features(before, after))
-        return 0.5 * (sum(objects) / len(objects)) + 0.5 * cosine(a, b)
 
     @torch.no_grad()
     def run() -> Tensor:
         boxes = pixel_boxes([case.objects], *reference.shape[2:])[0].tolist()
-        return torch.tensor([[turn(pil(reference[0]), pil(edit), boxes) for edit in chain] for chain in edits])
+        return torch.tensor(
+            [[metric(to_pil(reference[0]), to_pil(edit), boxes, boxes) for edit in chain] for chain in edits]
+        )
 
     return run
 

@@ -21,9 +21,9 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from peers.judge_loop import JudgeLoop, to_pil
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from mtedit_fast.judge import HuggingFaceJudge, ImageSpec, JudgePrompt
 from mtedit_fast.judge.sequence import encode, score_token_ids
@@ -154,42 +154,12 @@ def judge(case: Case, share_prefix: bool = True) -> Callable[[], Tensor]:
 
 
 def one_by_one(case: Case) -> Callable[[], Tensor]:
-    """A `generate` call per score: its question with the turn's opening, images as PIL through the stock processor."""
-    model, tokenizer = case.parts
-    spec, scale = case.spec, case.prompt.answers
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=spec.patch_size,
-        temporal_patch_size=spec.temporal_patch_size,
-        merge_size=spec.merge_size,
-        image_mean=list(spec.mean),
-        image_std=list(spec.std),
-        size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
-    )
+    """A `generate` call per score (peers/judge_loop.py), the images converted for each."""
+    loop = JudgeLoop(*case.parts, case.spec, case.prompt)
     references, edits = case.images
-    token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-    values = torch.tensor(scale.values)
-
-    def pil(image: Tensor) -> Image.Image:
-        return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
     def score(chain: Tensor, texts: list[str], opening: str) -> float:
-        images = processor(images=[pil(references[0]), *map(pil, chain)], return_tensors="pt")
-        question, (answer,) = encode(tokenizer, case.prompt, texts, case.tokens, image_token=token, answers=[opening])
-        ids = torch.tensor([question + answer], device=case.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=images["pixel_values"].to(case.device, case.dtype),
-            image_grid_thw=images["image_grid_thw"].to(case.device),
-            max_new_tokens=1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        digits = out.logits[0][0, list(score_token_ids(tokenizer, scale, opening))]
-        return (digits.float().softmax(0).cpu() @ values).item()
+        return loop.score([to_pil(references[0]), *map(to_pil, chain)], texts, opening)
 
     def run() -> Tensor:
         openings = case.prompt.openings(case.turns)

@@ -93,6 +93,7 @@ if has diffusers && has pydantic; then
   tests rollout tests/test_bench_rollout.py tests/test_fp8.py tests/test_speed.py
   tests consistency tests/test_consistency.py
   tests judge tests/test_judge_huggingface.py
+  tests iteration tests/test_bench_iteration.py
 else
   say "no diffusers or no pydantic: without the tests and benches of whole models"
 fi
@@ -117,6 +118,11 @@ rollout "klein-kv, fp8" 300 klein-kv --size 1024 --group 8 --compile blocks --dt
 rollout "qwen, 1024" 540 qwen --size 1024 --group 4 --steps 4 --samples 2
 rollout "qwen, fp8" 540 qwen --group 8 --compile blocks --dtype fp8
 
+iteration=(benchmarks/bench_iteration.py --full --repetitions 2)
+bench "iteration" 570 iteration "${iteration[@]}" --needed both
+bench "iteration, compiled" 570 iteration "${iteration[@]}" --needed both --compile blocks
+bench "iteration, nothing needed" 570 iteration "${iteration[@]}" --needed neither
+bench "iteration, grpo" 570 iteration "${iteration[@]}" --objective grpo --steps 4
 bench "update" 420 update benchmarks/bench_update.py --full --only nft
 bench "update, compiled" 540 update benchmarks/bench_update.py --full --only compile
 bench "update, compaction and replay" 420 update benchmarks/bench_update.py --full --only compaction --only grpo

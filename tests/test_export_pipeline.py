@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from tiny_families import tiny_klein, tiny_qwen
+from tiny_train import tiny_config
 from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
@@ -20,8 +21,10 @@ from mtedit_fast.export.ports import Bucket
 from mtedit_fast.export.sources import load_source
 from mtedit_fast.export.write import export_module
 from mtedit_fast.rollout import RolloutConfig, rollout
-from mtedit_fast.training.adapters import Adapters
+from mtedit_fast.training.data import EditChains
+from mtedit_fast.training.playground.data import write_dataset
 from mtedit_fast.training.playground.models import MAX_TOKENS, load_pipeline
+from mtedit_fast.training.trainer import Trainer
 
 INSTRUCTIONS = ["Remove the red circle", "Change the background to ocean", "Add a blue square"]
 CONFIG = "training/configs/demo.yaml"
@@ -76,16 +79,18 @@ def test_a_multi_turn_edit_equals_torchs(pipeline):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An editor with a LoRA that changes its edits, and the folder it is saved in."""
-    editor = KontextEditor(load_pipeline(), max_sequence_length=MAX_TOKENS)
-    adapters = Adapters(editor.transformer, rank=2, alpha=4, target_modules=editor.lora_targets, seed=0)
-    with torch.no_grad():
-        for name, parameter in zip(adapters.names, adapters.parameters, strict=True):
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    path = tmp_path_factory.mktemp("adapter")
-    editor.save_lora(path)
-    return editor, path
+    """What a few iterations of training on the playground have made of its editor: in the stock pipeline, and saved."""
+    run = tmp_path_factory.mktemp("run")
+    write_dataset(run / "data", 6, turns=2)
+    overrides = ["optimizer.lr=0.03", "run.iterations=2", "objective.name=nft", "rollout.guidance_scale=2.5"]
+    config = tiny_config(run, overrides)
+    chains = EditChains(config.data.path, turns=2, resolution=64, seed=0)
+    trainer = Trainer(KontextEditor(load_pipeline(), max_sequence_length=MAX_TOKENS), chains, config)
+    list(trainer.fit())
+    path = trainer.export()
+    pipeline = load_pipeline()
+    pipeline.load_lora_weights(path)
+    return KontextEditor(pipeline, max_sequence_length=MAX_TOKENS), path
 
 
 def test_the_commands_edit_with_an_adapter_as_torch_does(folder, adapter, tmp_path):
