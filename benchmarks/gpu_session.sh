@@ -83,6 +83,7 @@ if has mtedit_fast._C && has pybind11; then extension=(tests/test_csrc.py); else
 tests nft_loss tests/test_nft_loss.py tests/test_nft_loss_errors.py tests/test_nft_loss_registration.py tests/test_crd_loss.py
 tests sde_step tests/test_sde_step.py tests/test_sde_step_triton.py tests/test_sde_step_registration.py \
   tests/test_sde_step_errors.py tests/test_seeded_noise.py "${schedules[@]}"
+tests attention_columns tests/test_attention_columns.py tests/test_attention_columns_registration.py
 tests token_similarity tests/test_token_similarity.py tests/test_token_similarity_registration.py \
   tests/test_token_similarity_errors.py
 tests digit_score tests/test_digit_score.py tests/test_digit_score_registration.py tests/test_digit_score_errors.py \
@@ -135,6 +136,7 @@ bench "judge" 420 judge benchmarks/bench_judge.py --full
 bench "digit_score" 540 digit_score benchmarks/bench_digit_score.py
 bench "consistency" 240 consistency benchmarks/bench_consistency.py --full
 bench "nft_loss, large" 240 nft_loss benchmarks/bench_nft_loss.py --shape 32x4096x64
+bench "attention_columns" 300 attention_columns benchmarks/bench_attention_columns.py
 bench "token_similarity" 540 token_similarity benchmarks/bench_token_similarity.py
 bench "crop_resize" 240 crop_resize benchmarks/bench_crop_resize.py
 bench "adapters" 240 update benchmarks/bench_adapters.py

@@ -16,6 +16,7 @@ from mtedit_fast.cli_bench import add_bench
 from mtedit_fast.cli_edival import edival_app, evaluate
 from mtedit_fast.cli_export import add_commands
 from mtedit_fast.cli_judge import judge_app
+from mtedit_fast.cli_rsd import rsd_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +28,7 @@ playground_app = typer.Typer(no_args_is_help=True, help="The tiny world: data, w
 app.add_typer(playground_app, name="playground")
 app.add_typer(edival_app, name="edival")
 app.add_typer(judge_app, name="judge")
+app.add_typer(rsd_app, name="rsd")
 app.command()(evaluate)
 add_bench(app)
 add_commands(app)

@@ -8,7 +8,7 @@ from op_backends import BACKENDS, DEVICES
 from sde_truth import assert_as_good
 from torch import Tensor
 
-from mtedit_fast.ops import DigitScore, digit_score
+from mtedit_fast.ops import DigitScore, digit_score, token_log_probs
 from mtedit_fast.ops._backend import unavailable_reason
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -361,3 +361,20 @@ def test_training_after_scoring_in_inference_mode() -> None:
     score.sum().backward()
     assert hidden.grad is not None
     assert torch.equal(score.detach(), before)
+
+
+@pytest.mark.parametrize("normalize", ["set", "vocab"])
+def test_autocast_does_not_round_the_head(normalize: str) -> None:
+    hidden = torch.randn(5, 32, requires_grad=True)
+    weight = torch.randn(300, 32, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 1, -1])
+
+    def run() -> list[Tensor]:
+        out = digit_score(hidden, weight, [3, 5, 8], [1.0, 2.0, 3.0], normalize=normalize, target=target)
+        total = out.score.sum() + out.target_log_prob.nansum() + token_log_probs(hidden, weight, target + 1).sum()
+        return [out.score.detach(), *torch.autograd.grad(total, (hidden, weight))]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run()
+    for mine, plain in zip(inside, run(), strict=True):
+        assert torch.equal(mine, plain)

@@ -21,8 +21,8 @@ from tiny_families import tiny_klein_kv
 from tiny_train import tiny_config
 
 from mtedit_fast.editors import Condition
-from mtedit_fast.editors.klein_kv import KleinKVEditor
 from mtedit_fast.editors.content import content_keys
+from mtedit_fast.editors.klein_kv import KleinKVEditor
 from mtedit_fast.training.advantages import AdvantageResult
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.playground.data import write_dataset

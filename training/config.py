@@ -30,7 +30,9 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    family: Literal["kontext", "qwen_image_edit", "flux2_klein", "flux2_klein_kv"] = Field(default="kontext", description="editor family")
+    family: Literal["kontext", "qwen_image_edit", "flux2_klein", "flux2_klein_kv"] = Field(
+        default="kontext", description="editor family"
+    )
     path: str | None = Field(default=None, description="pipeline folder or hub id; null: the tiny playground weights")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the frozen weights and the transformer's input"

@@ -1,6 +1,7 @@
 """Fused operators: one file per op, each with its plain-PyTorch reference."""
 
 from mtedit_fast.ops._crossover import measure_crossover, vocab_backend
+from mtedit_fast.ops.attention_columns import attention_columns
 from mtedit_fast.ops.coefficients import SDECoefficients, sde_coefficients
 from mtedit_fast.ops.crd_loss import CRDLoss, crd_loss
 from mtedit_fast.ops.crop_resize import crop_resize
@@ -18,6 +19,7 @@ __all__ = [
     "SDECoefficients",
     "SDEStepOutput",
     "advantage_to_reward",
+    "attention_columns",
     "crd_loss",
     "crop_resize",
     "digit_score",

@@ -1,6 +1,8 @@
 """log Σ exp over logits hidden·weightᵀ that are never all in memory, and its gradient: chunks of library products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,18 @@ def chunk_shape(hidden: Tensor, columns: int, *, casts: bool) -> tuple[int, int]
     return rows, max(min(columns, allowed), 1)
 
 
+def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Outside autocast, which would round the products of fp32 operands; the first argument has the device."""
+
+    @wraps(function)
+    def run(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **options)
+
+    return run
+
+
+@full_precision
 def log_sum_exp(
     hidden: Tensor,
     weight: Tensor,
@@ -101,6 +115,7 @@ def _merge(peaks: Tensor, sums: Tensor, moments: Tensor | None = None) -> tuple[
     return top + total.log(), total.log() - moment / total
 
 
+@full_precision
 def softmax_backward(
     hidden: Tensor,
     weight: Tensor,

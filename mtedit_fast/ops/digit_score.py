@@ -148,6 +148,7 @@ def _constants(ids: tuple[int, ...], values: tuple[float, ...], dtype: torch.dty
         return torch.tensor(ids, device=device), torch.tensor(values, dtype=dtype, device=device)
 
 
+@head.full_precision
 def set_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float) -> Tensor:
     """[N, K] scaled logits of the score tokens alone."""
     dtype = head.compute_dtype(hidden)
@@ -255,7 +256,28 @@ def _backward(
         return head.softmax_backward(
             hidden, weight, bias, lse, None, grad_lse, None, columns, grad_logits, scale, vocab_size, wanted
         )
-    p = logits.softmax(1)
+    return _set_backward(
+        grad_score, grad_target, chosen, statistics, logits, hidden, weight, tokens, numbers, scale, needs
+    )
+
+
+@head.full_precision
+def _set_backward(
+    grad_score: Tensor,
+    grad_target: Tensor,
+    chosen: Tensor,
+    statistics: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    numbers: Tensor,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through the K score tokens' softmax alone."""
+    needs_hidden, needs_weight, needs_bias = needs
+    dtype, p = logits.dtype, logits.softmax(1)
     grad_logits = scale * (grad_score * p * (numbers - statistics[SCORE, :, None]) + grad_target * (chosen - p))
     grad_hidden, grad_weight, grad_bias = (weight.new_empty(0) for _ in range(3))
     if needs_hidden:

@@ -1,0 +1,50 @@
+"""Compiles the kernels of `attention_columns` for sm_80, sm_90 and sm_100, which takes no GPU.
+
+python tests/ptx_attention_columns.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
+"""
+
+import json
+
+import torch
+from ptx_report import report
+
+from mtedit_fast.kernels import attention_columns as kernels
+
+INTEGERS = ("heads", "groups", "queries", "keys", "count", "query_head_stride", "key_head_stride")
+STRIDES = ("query_batch_stride", "query_stride", "key_batch_stride", "key_stride")
+ROWS = ("query_ptr", "key_ptr")
+BOOLS = ("mask_ptr", "others_ptr")
+FP32 = ("grad_ptr", "times_ptr", "lse_ptr", "slopes_ptr", "delta_ptr")
+
+SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(FP32, "*fp32") | dict.fromkeys(BOOLS, "*i1")
+SIGNATURE |= {"columns_ptr": "*i64", "scale": "fp32"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TILED = {"lse": kernels._lse_kernel, "grad_query": kernels._grad_query_kernel, "grad_key": kernels._grad_key_kernel}
+FEW = {"columns": kernels._columns_kernel, "slopes": kernels._slopes_kernel}
+CASES = (
+    (torch.bfloat16, 128, (80, 90, 100)),
+    (torch.float32, 128, (80, 90, 100)),
+    (torch.float16, 128, (80,)),
+    (torch.bfloat16, 72, (90,)),
+)
+
+
+def kernel_report(name: str, dtype: torch.dtype, width: int, arch: int, **changes: None) -> None:
+    kernel = (TILED | FEW)[name]
+    own = kernels.blocks("few" if name in FEW else "lse" if name == "lse" else "grad", dtype, width)
+    pointers = dict.fromkeys(ROWS, POINTERS[dtype]) | {"out_ptr": "*fp32" if name in FEW else POINTERS[dtype]}
+    row = report(kernel, SIGNATURE | pointers | own | changes, arch)
+    print(json.dumps({"kernel": f"{name} {POINTERS[dtype]} {width}", "arch": arch} | row), flush=True)
+
+
+def main() -> None:
+    for dtype, width, archs in CASES:
+        for name in TILED | FEW:
+            for arch in archs:
+                kernel_report(name, dtype, width, arch)
+    for name in ("lse", "columns"):
+        kernel_report(name, torch.bfloat16, 128, 90, mask_ptr=None)
+
+
+if __name__ == "__main__":
+    main()
