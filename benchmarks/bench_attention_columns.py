@@ -15,7 +15,6 @@ import harness
 import op_bench
 import pytest
 import torch
-from bench_digit_score import extra_bytes
 from torch import Tensor
 
 from mtedit_fast.ops import attention_columns
@@ -154,7 +153,7 @@ def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_s
             continue
         run = make(case)
         run(x)
-        memory[name] = extra_bytes(partial(run, x), case.device)
+        memory[name] = harness.extra_bytes(partial(run, x), case.device)
     return Row(
         **asdict(row),
         extra_bytes=memory["ours"],

@@ -8,11 +8,9 @@ A shape is rows x H x vocabulary. On a GPU the crossover of library products and
 cut-cross-entropy where they are installed) are peers of the log-probs only: none of them knows score tokens.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -232,27 +230,6 @@ def error(name: str, case: Case, found: Result, exact: Result) -> float:
     return worst
 
 
-def extra_bytes(call: harness.Call, device: torch.device) -> int:
-    """Most memory in use during the call, less what was in use before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    def resident(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would be used first, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = resident("VmRSS:")
-    call()
-    return max(resident("VmHWM:") - before, 0)
-
-
 def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> Row:
     """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
     crossover = find_crossover(case)
@@ -270,7 +247,7 @@ def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_s
             raise RuntimeError(f"{name} {case}: {errors[name]:.3g} times the error that is allowed: no row")
         calls[name] = [partial(run, x) for x in sets]
     del exact
-    memory = {name: extra_bytes(each[0], case.device) for name, each in calls.items()}
+    memory = {name: harness.extra_bytes(each[0], case.device) for name, each in calls.items()}
     times = harness.measure(calls, case.device, graph=graph, min_seconds=min_seconds)
     row = harness.compared(
         columns(case, graph),

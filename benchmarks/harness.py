@@ -6,6 +6,7 @@ Timing. On a GPU below 100 µs per call a launch costs as much as a kernel, so c
 """
 
 import csv
+import ctypes
 import itertools
 import os
 import platform
@@ -292,3 +293,24 @@ IDENTITY = ("commit", "device", "threads", "torch", "op", "variant", "shape", "d
 
 def identity(row_or_columns: dict[str, object]) -> tuple[str, ...]:
     return tuple(str(row_or_columns[name]) for name in IDENTITY)
+
+
+def extra_bytes(call: Call, device: torch.device) -> int:
+    """Most memory in use during the call, less what was in use before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would be used first, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = resident("VmRSS:")
+    call()
+    return max(resident("VmHWM:") - before, 0)

@@ -210,7 +210,7 @@ def _score(
     from mtedit_fast.judge import HuggingFaceJudge, ImageSpec, ServedJudge, ServedJudgeError
     from mtedit_fast.training.judge.batch import Packer
     from mtedit_fast.training.judge.evaluation import predict, predict_with
-    from mtedit_fast.training.judge.run import progress_bar
+    from mtedit_fast.training.progress import progress_bar
 
     examples = data.examples[:limit]
     written: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens}

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_digit_score as bench
+import harness
 
 CPU = torch.device("cpu")
 
@@ -63,7 +64,7 @@ def test_bytes_and_flops_are_counted_by_hand() -> None:
 
 
 def test_extra_memory_is_what_a_call_takes() -> None:
-    assert 60 << 20 < bench.extra_bytes(lambda: torch.ones(16 << 20).sum(), CPU) < 90 << 20
+    assert 60 << 20 < harness.extra_bytes(lambda: torch.ones(16 << 20).sum(), CPU) < 90 << 20
 
 
 def test_the_command_measures_each_row_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,8 @@ from tiny_families import tiny_klein, tiny_klein_kv
 from tiny_train import tiny_config
 from torch.distributed.fsdp import FSDPModule
 
+from mtedit_fast.cuda_graphs import StaticInputs, layout
 from mtedit_fast.editors import Condition
-from mtedit_fast.editors.graphs import StaticInputs, layout
 from mtedit_fast.editors.klein_kv import KleinKVEditor
 from mtedit_fast.ops import seeded_noise
 from mtedit_fast.rollout import RolloutConfig, replay, rollout, sample_seeds

@@ -9,8 +9,9 @@ from tiny import SIZE, tiny_editor
 from tiny_families import tiny_klein_kv
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mtedit_fast.cuda_graphs import StaticInputs, layout
 from mtedit_fast.editors import KleinKVEditor
-from mtedit_fast.editors.graphs import GraphedEditor, StaticInputs, layout
+from mtedit_fast.editors.graphs import GraphedEditor
 from mtedit_fast.editors.speed import ATTENTION, StepCachedEditor, compile_transformer, set_attention
 from mtedit_fast.rollout import RolloutConfig, replay, rollout, sample_seeds
 
@@ -83,6 +84,7 @@ def test_static_inputs_keep_addresses_and_broadcasts():
     inputs = StaticInputs(tree)
     assert inputs.tree["b"][0].stride(0) == 0
     assert inputs.tree["a"].data_ptr() != tree["a"].data_ptr()
+    assert inputs.tree["a"].stride() == tree["a"].stride()
     addresses = [inputs.tree["a"].data_ptr(), inputs.tree["b"][0].data_ptr(), inputs.tree["c"].data_ptr()]
     other = {"a": torch.randn(4, 2).t(), "b": [torch.randn(1, 3).expand(4, 3), None, 2.5], "c": torch.tensor([5, 6, 7])}
     inputs.load(other)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from mtedit_fast.editors import EDITORS, Editor, KontextEditor
@@ -21,6 +21,7 @@ from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.evaluation import Evaluation
 from mtedit_fast.training.overoptimization import audit
 from mtedit_fast.training.plots import edit_grid
+from mtedit_fast.training.progress import progress_bar
 from mtedit_fast.training.report import read_metrics, success_summary, write_report
 from mtedit_fast.training.sampler import DTYPES
 from mtedit_fast.training.trainer import Trainer
@@ -82,15 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         f"{config.rollout.groups_per_iteration} groups × {config.rollout.group_size}, "
         f"{sum(p.numel() for p in trainer.update.parameters):,} LoRA parameters → {output}"
     )
-    with Progress(
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-        console=console,
-    ) as progress:
+    with progress_bar(console) as progress:
         before = _evaluate(trainer, progress, "before", reference=True)
         task = progress.add_task("train", total=config.run.iterations, shown="")
         if trainer.resume():

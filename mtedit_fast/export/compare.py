@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .manifest import Manifest, model_hash
+from .manifest import DamagedFile, Manifest, model_hash
 from .modules import Exportable
 from .ports import Profile, random_inputs
 from .runtime import ExportedModule, OnnxModule
@@ -108,9 +108,9 @@ def _open(load: Callable[[], ExportedModule]) -> ExportedModule | str:
     """The module, or in words why it cannot run on this machine; a damaged file stays an error."""
     try:
         return load()
+    except DamagedFile:
+        raise
     except (ImportError, ValueError) as error:
-        if "SHA-256" in str(error) or "bytes, got" in str(error):
-            raise
         return str(error)
 
 

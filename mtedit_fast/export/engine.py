@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .backends import Backend, load_backend
-from .manifest import Engine, Entry, File, Manifest, key_of, staged, verify
+from .manifest import DamagedFile, Engine, Entry, File, Manifest, key_of, staged, verify
 from .ports import Port, Profile
 
 COMPATIBILITIES = ("none", "same_compute_capability", "ampere_plus")
@@ -61,8 +61,8 @@ def build_engine(
         try:
             verify(directory, entry.engine.file)
             return entry.engine
-        except ValueError:
-            pass  # damaged: build it again
+        except DamagedFile:
+            pass  # build it again
     for file in entry.files:
         verify(directory, file)
     plan_name = f"{name}.plan"

@@ -22,6 +22,10 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
+class DamagedFile(ValueError):
+    """A file is missing, truncated, or not the one that the manifest describes."""
+
+
 @dataclass(frozen=True)
 class File:
     """A file of an export, by its name in the folder."""
@@ -147,17 +151,17 @@ def verify(directory: str | Path, file: File) -> Path:
     """The file's path, its size and SHA-256 checked; nothing of it has been interpreted.
 
     Raises:
-        ValueError: the file is missing, truncated, or not the one that the manifest describes.
+        DamagedFile: the file is missing, truncated, or not the one that the manifest describes.
     """
     path = Path(directory) / file.name
     remedy = "copy the whole folder again, or run mtedit-fast export"
     if not path.is_file():
-        raise ValueError(f"{file.name}: in the manifest, but not in {directory}; {remedy}")
+        raise DamagedFile(f"{file.name}: in the manifest, but not in {directory}; {remedy}")
     size = path.stat().st_size
     if size != file.bytes:
-        raise ValueError(f"{file.name}: expected {file.bytes} bytes, got {size}: truncated or replaced; {remedy}")
+        raise DamagedFile(f"{file.name}: expected {file.bytes} bytes, got {size}: truncated or replaced; {remedy}")
     if hash_file(path) != file.sha256:
-        raise ValueError(f"{file.name}: its SHA-256 is not the manifest's: damaged or foreign; {remedy}")
+        raise DamagedFile(f"{file.name}: its SHA-256 is not the manifest's: damaged or foreign; {remedy}")
     return path
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtedit_fast.cuda_graphs import CapturedCall
 from mtedit_fast.onestep.corruption import Corruption, Stream, image_seeds
 from mtedit_fast.onestep.edm_sampler import Denoise, EDMSampling, edm_sample
 from mtedit_fast.onestep.operators import Operator
@@ -128,7 +129,7 @@ class OneStepGenerator(ImageSource):
         self._run: Callable[..., Tensor] = self._forward
         if self._compile is not False:
             self._run = torch.compile(self._forward, **self._compile)
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[tuple[int, ...], CapturedCall] = {}
 
     @torch.no_grad()
     def __call__(self, seed: Tensor) -> Tensor:
@@ -151,9 +152,11 @@ class OneStepGenerator(ImageSource):
         if not (self.cuda_graph and latents.is_cuda):
             return run(latents, mask)
         key = (len(latents), int(run == self._run_pixels))
+        inputs = {"latents": latents, "mask": mask}
         if key not in self._graphs:
-            self._graphs[key] = _Graph(run, latents, mask)
-        return self._graphs[key](latents, mask)
+            self._graphs[key] = CapturedCall(lambda tree: run(**tree), inputs)
+        self._graphs[key].inputs[0].load(inputs)
+        return self._graphs[key]().clone()
 
     def _run_float(self, latents: Tensor, mask: Tensor | None) -> Tensor:
         return self._run(latents, mask, False)
@@ -192,31 +195,6 @@ class TeacherSampler(ImageSource):
     @torch.no_grad()
     def __call__(self, seed: Tensor) -> Tensor:
         return edm_sample(seen_by(self._denoise, self.operator(seed)), seed, self.shape, self.sampling)
-
-
-class _Graph:
-    """One captured forward with its inputs; its output's memory is the next call's, so callers get a copy."""
-
-    def __init__(self, run: Callable[..., Tensor], latents: Tensor, mask: Tensor | None) -> None:
-        from mtedit_fast.editors.graphs import WARM_UP, StaticInputs
-
-        self._inputs = StaticInputs({"latents": latents, "mask": mask})
-        # StaticInputs are contiguous; the network wants channels last.
-        inputs = self._inputs.tree
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                run(**inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = run(**inputs)
-
-    def __call__(self, latents: Tensor, mask: Tensor | None) -> Tensor:
-        self._inputs.load({"latents": latents, "mask": mask})
-        self._graph.replay()
-        return self._output.clone()
 
 
 class _Copy:

@@ -123,7 +123,8 @@ class FolderWriter(ImageWriter):
             (self.path / name).write_bytes(encoded)
         except OSError as error:
             self.errors[name] = error.strerror or str(error)
-            (self.path / name).unlink(missing_ok=True) if (self.path / name).is_file() else None
+            with contextlib.suppress(OSError):  # what there is of it, if it is a file
+                (self.path / name).unlink()
         else:
             self.written += 1
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mtedit_fast.training.judge.config import JudgeConfig
@@ -19,6 +16,7 @@ from mtedit_fast.training.judge.evaluation import summarize, write_predictions
 from mtedit_fast.training.judge.parts import Parts, load_parts
 from mtedit_fast.training.judge.report import KINDS, LABELS, UNREADABLE, write_report
 from mtedit_fast.training.judge.trainer import JudgeTrainer
+from mtedit_fast.training.progress import progress_bar
 
 SHOWN = (
     "loss", "squared_error", "cross_entropy", "accuracy", "valid", "mass", "grad_norm",
@@ -88,20 +86,6 @@ def train(config: JudgeConfig, console: Console | None = None, *, parts: Parts |
         console.print(agreement_table(summary["models"]))
         console.print(f"report: {write_report(output)}")
     return summary
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[shown]}"),
-        console=console,
-    ) as progress:
-        yield progress
 
 
 def agreement_table(models: dict[str, Any]) -> Table:
