@@ -23,10 +23,11 @@ from typing import Any, Self
 import harness
 import pytest
 import torch
-from random_editors import RECIPES, default_dtype
+from random_editors import RECIPES
 from torch import nn
 
 from mtedit_fast.export import Exportable, Manifest, export_module, klein_transformer, kontext_transformer
+from mtedit_fast.training.memory import default_dtype
 from mtedit_fast.training.public_models import FAMILIES
 
 EXPORTS = {"kontext": kontext_transformer, "flux2_klein": klein_transformer}

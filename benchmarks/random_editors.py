@@ -5,8 +5,6 @@ shape the family has, and how often it was asked for is counted. The VAE is real
 """
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from mtedit_fast.editors import KleinEditor, KontextEditor, QwenEditor, TextConditioning
 from mtedit_fast.editors.klein_kv import KleinKVEditor
 from mtedit_fast.editors.pipeline_editor import NEGATIVE
+from mtedit_fast.training.memory import default_dtype
 from mtedit_fast.training.public_models import FAMILIES, PUBLIC, PublicModel
 
 IMAGE_TOKENS = 196  # of a 384² image in Qwen2.5-VL: 27 patches of 14 pixels a side, rounded to 28 and merged 2 × 2
@@ -228,13 +227,3 @@ def _wake(module: nn.Module) -> None:
     for parameter in module.parameters():
         if not parameter.is_meta and not parameter.any():
             parameter.normal_(std=0.02)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -248,7 +248,7 @@ def _measure(dumped: str) -> _Measured:
     config = TrainConfig.model_validate_json(dumped)
     family, public = FAMILIES[config.model.family], describe(_path(config))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
-    with torch.device("meta"), _default(dtype):
+    with torch.device("meta"), default_dtype(dtype):
         transformer, vae = family.transformer.from_config(public.transformer), family.vae.from_config(public.vae)
     pipeline = public.pipeline or family.pipeline
     arguments = dict.fromkeys(inspect.signature(pipeline).parameters)
@@ -349,7 +349,8 @@ def _bytes(module: nn.Module) -> int:
 
 
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are of `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
