@@ -88,6 +88,35 @@ def test_the_mask_is_a_channel_of_its_own():
     assert network.seen[0][:, 3].equal(mask.expand(2, 1, 4, 4)[:, 0])
 
 
+def test_patches_are_channels():
+    class Echo(Recorder):
+        def forward(self, x, label):
+            self.seen = x
+            return x[:, :12]
+
+    network, x = Echo(), torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.randint(0, 2, (2, 1, 4, 6), generator=torch.Generator().manual_seed(1)).float()
+    sigma = torch.tensor([0.3, 2.0])
+    got, c = EDMDenoiser(network, patch=2)(x, sigma, mask), preconditioning(sigma.view(-1, 1, 1, 1))
+    torch.testing.assert_close(got, (c.skip + c.out * c.input) * x)  # every pixel is where it was
+    assert network.seen.shape == (2, 16, 2, 3)
+    assert network.seen[:, 12:].equal(mask.view(2, 2, 2, 3, 2).permute(0, 2, 4, 1, 3).flatten(1, 2))
+
+
+def test_a_network_of_patches_is_saved_and_drawn_from(tmp_path):
+    network = new_unet(16, 3, masked=False, widths=(8, 16), layers=1, attention=4, seed=0, patch=2)
+    assert network.config.in_channels == network.config.out_channels == 12
+    assert network.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D")
+    model = EDMDenoiser(network.eval(), patch=2)
+    save_denoiser(tmp_path, model, Corruption(), {"sigma_init": 2.5, "shape": [3, 16, 16]})
+    loaded, seed = load_denoiser(tmp_path), image_seeds(0, torch.arange(2))
+    assert loaded.denoiser.patch == 2
+    latents = 2.5 * seeded_noise(seed, (3, 16, 16), Stream.LATENT)
+    with torch.no_grad():
+        wanted = model(latents, torch.tensor(2.5))
+    torch.testing.assert_close(load_source(tmp_path)(seed), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_the_network_has_a_precision_of_its_own():
     network = Recorder().to(torch.bfloat16)
     got = EDMDenoiser(network)(torch.ones(1, 3, 4, 4), torch.tensor(0.5))

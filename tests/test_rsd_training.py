@@ -438,7 +438,9 @@ def test_bad_configurations(tmp_path, overrides, message):
 
 def test_networks_that_do_not_fit(tmp_path):
     deep = config(tmp_path, NOISE, "model.widths=[8, 8, 8]")
-    with pytest.raises(ValueError, match=r"model.widths: 3 resolutions expect sides that are multiples of 4"):
+    with pytest.raises(
+        ValueError, match=r"model.widths: 3 resolutions of patches of 1 expect sides that are multiples of 4"
+    ):
         new_denoiser(deep, (3, 6, 6))
     path = train_teacher(config(tmp_path, NOISE, "teacher.steps=0"))
     masked = config(tmp_path, INPAINTING, f"model.path={path}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -46,11 +47,20 @@ class EDMDenoiser(nn.Module):
             or in `.sample`. `UNet2DModel`s have `config`, which `save_denoiser` needs.
         sigma_data: standard deviation of the data.
         autocast: dtype that torch.autocast computes the network in; None for the weights' own.
+        patch: side of the squares of pixels that are the channels of one position of the network, as in "simple
+            diffusion" (Hoogeboom et al., ICML 2023): a small network's first resolution costs most and knows least.
     """
 
-    def __init__(self, network: nn.Module, sigma_data: float = SIGMA_DATA, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        sigma_data: float = SIGMA_DATA,
+        autocast: torch.dtype | None = None,
+        *,
+        patch: int = 1,
+    ) -> None:
         super().__init__()
-        self.network, self.sigma_data, self.autocast = network, sigma_data, autocast
+        self.network, self.sigma_data, self.autocast, self.patch = network, sigma_data, autocast, patch
 
     def forward(self, x: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: [B, C, H, W]; sigma: [] or [B]; mask: [B or 1, 1, H or 1, W], for networks with one input channel more.
@@ -68,13 +78,14 @@ class EDMDenoiser(nn.Module):
         dtype = next(self.network.parameters()).dtype
         seen = x if mask is None else torch.cat((x, mask.to(x).expand(len(x), 1, x.shape[2], x.shape[3])), 1)
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.network(seen.to(dtype), noise.to(dtype))
-        return getattr(output, "sample", output).to(x.dtype)
+            output = self.network(F.pixel_unshuffle(seen.to(dtype), self.patch), noise.to(dtype))
+        return F.pixel_shuffle(getattr(output, "sample", output), self.patch).to(x.dtype)
 
 
 def new_unet(
-    size: int, channels: int, *, masked: bool, widths: tuple[int, ...], layers: int, attention: int, seed: int
-) -> UNet2DModel:
+    size: int, channels: int, *, masked: bool, widths: tuple[int, ...], layers: int, attention: int, seed: int,
+    patch: int = 1,
+) -> UNet2DModel:  # fmt: skip
     """A `UNet2DModel` with random weights.
 
     Args:
@@ -82,19 +93,20 @@ def new_unet(
         channels: of the images; masked: one more channel in.
         widths: channels per resolution, multiples of 8.
         layers: residual blocks per resolution.
-        attention: side below or at which blocks attend; 0 for none but the middle one's.
+        attention: side below or at which blocks attend, with one head; 0 for none but the middle one's.
+        patch: of the `EDMDenoiser` it is for, whose positions it counts.
     """
-    attends = [size >> level <= attention for level in range(len(widths))]
+    attends = [size // patch >> level <= attention for level in range(len(widths))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DModel(
-            sample_size=size,
-            in_channels=channels + masked,
-            out_channels=channels,
+            sample_size=size // patch,
+            in_channels=(channels + masked) * patch**2,
+            out_channels=channels * patch**2,
             block_out_channels=widths,
             layers_per_block=layers,
             norm_num_groups=8,
-            attention_head_dim=8,
+            attention_head_dim=None,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         )
@@ -115,7 +127,12 @@ def save_denoiser(
     folder = Path(folder)
     network: Any = denoiser.network
     network.save_pretrained(str(folder))
-    described = {"sigma_data": denoiser.sigma_data, "corruption": corruption.describe(), **(card or {})}
+    described = {
+        "sigma_data": denoiser.sigma_data,
+        "patch": denoiser.patch,
+        "corruption": corruption.describe(),
+        **(card or {}),
+    }
     (folder / CARD).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -139,5 +156,5 @@ def load_denoiser(
     path = folder / CARD
     card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     network = UNet2DModel.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
-    denoiser = EDMDenoiser(network, card.get("sigma_data", SIGMA_DATA))
+    denoiser = EDMDenoiser(network, card.get("sigma_data", SIGMA_DATA), patch=card.get("patch", 1))
     return OneStepModel(denoiser, Corruption(**card.get("corruption", {})), card)

@@ -58,6 +58,11 @@ class ModelConfig(Section):
     attention: int = Field(
         default=16, ge=0, description="blocks attend at this side and below; 0: the middle one alone"
     )
+    patch: int = Field(
+        default=1,
+        ge=1,
+        description="squares of so many pixels are the channels of one position; 2 or 4: less to compute",
+    )
 
 
 class TeacherConfig(Section):

@@ -34,25 +34,26 @@ def new_denoiser(config: OneStepConfig, shape: tuple[int, int, int]) -> EDMDenoi
 
     model, masked = config.model, config.corruption.build().random
     if model.path is None:
-        if shape[1] % (1 << len(model.widths) - 1) or shape[2] % (1 << len(model.widths) - 1):
+        multiple = model.patch << len(model.widths) - 1
+        if shape[1] % multiple or shape[2] % multiple:
             raise ValueError(
-                f"model.widths: {len(model.widths)} resolutions expect sides that are multiples of "
-                f"{1 << len(model.widths) - 1}, got images of {list(shape)}"
+                f"model.widths: {len(model.widths)} resolutions of patches of {model.patch} expect sides that are "
+                f"multiples of {multiple}, got images of {list(shape)}"
             )
         network = new_unet(
             max(shape[1:]), shape[0], masked=masked, widths=tuple(model.widths), layers=model.layers,
-            attention=model.attention, seed=config.run.seed,
+            attention=model.attention, seed=config.run.seed, patch=model.patch,
         )  # fmt: skip
     else:
         network = UNet2DModel.from_pretrained(model.path)
-    wanted = (shape[0] + masked, shape[0])
+    wanted = ((shape[0] + masked) * model.patch**2, shape[0] * model.patch**2)
     if (network.config.in_channels, network.config.out_channels) != wanted:
         raise ValueError(
             f"model.path: expected a network of {wanted[0]} channels in and {wanted[1]} out for images of "
             f"{list(shape)}{' with masks' if masked else ''}, got {network.config.in_channels} and "
             f"{network.config.out_channels}"
         )
-    return EDMDenoiser(network)
+    return EDMDenoiser(network, patch=model.patch)
 
 
 class Loop:
