@@ -62,7 +62,7 @@ def test_committed_configurations(path):
     config = load_onestep_config(path)
     assert config.evaluation.every
     if path.stem != "rsd_ffhq64":
-        assert path.stem.removeprefix("rsd_") in (*CORRUPTIONS, "mri")
+        assert path.stem.removeprefix("rsd_") in (*CORRUPTIONS, "mri", "clean")
         tiny = load_onestep_config(path, ["data.count=3"])
         y, _ = load_data(tiny.data, tiny.corruption.build())[torch.arange(3)]
         assert y.isfinite().all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,7 +15,15 @@ from rich.table import Table
 from torch import Tensor
 
 from mtedit_fast.figures import INK, paste
-from mtedit_fast.onestep import Features, FeatureStatistics, frechet_distance, measure, to_uint8
+from mtedit_fast.onestep import (
+    Features,
+    FeatureStatistics,
+    frechet_distance,
+    load_denoiser,
+    measure,
+    save_denoiser,
+    to_uint8,
+)
 from mtedit_fast.training.onestep.config import OneStepConfig, load_onestep_config
 from mtedit_fast.training.onestep.data import CorruptedImages, Part, load_data, part_seed, read_images
 from mtedit_fast.training.onestep.proximal import visible
@@ -63,20 +70,22 @@ def compare(
             raise ValueError(f"corruptions: expected some of {', '.join(CORRUPTIONS)}, got {name!r}")
     if not 1 <= seeds <= max(STUDENT_T):
         raise ValueError(f"seeds: expected 1 … {max(STUDENT_T)}, got {seeds}")
-    features, summary = dino_features(), _read_summary(output)
+    features, results = dino_features(), {}
     for name in corruptions:
         for seed in range(seeds):
             folder = output / name / f"seed{seed}"
             settings = [f"run.output_dir={folder}", f"run.seed={seed}", *(SHORT if short else ()), *overrides]
             config = load_onestep_config(CONFIGS / f"rsd_{name}.yaml", settings)
             wanted = {"samples": samples, "config": config.model_dump()}
-            known = summary["runs"].get(name, {}).get(str(seed))
+            # A file per run, so that several processes can share the work, each with some of the corruptions.
+            path = folder / "result.json"
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
             if known is None or known["settings"] != wanted:
-                result = _one(config, folder, name, features, samples, console, short=short)
-                summary["runs"].setdefault(name, {})[str(seed)] = result | {"settings": wanted}
-                _write_summary(output, summary)
-    summary["table"] = {name: _row(list(summary["runs"][name].values())) for name in corruptions}
-    _write_summary(output, summary)
+                known = _one(config, folder, name, features, samples, console, short=short) | {"settings": wanted}
+                _write(path, known)
+            results.setdefault(name, {})[str(seed)] = known
+    summary = {"runs": results, "table": {name: _row(list(runs.values())) for name, runs in results.items()}}
+    _write(output / "summary.json", summary)
     console.print(table(summary["table"]))
     console.print(f"grids and summary.json → {output}", markup=False)
     return summary
@@ -92,7 +101,7 @@ def _one(
     *,
     short: bool,
 ) -> dict[str, Any]:
-    start, data = time.perf_counter(), load_data(config.data, config.corruption.build())
+    data = load_data(config.data, config.corruption.build())
     committed = WEIGHTS / "rsd" / name
     if short and committed.is_dir():
         folders = {"teacher": committed / "teacher", "student": committed / "student"}
@@ -101,7 +110,6 @@ def _one(
         folders = {"teacher": train_teacher(config, console, data=data)}
         folders["student"] = distill(config, console, data=data, teacher=folders["teacher"], features=features)
         trained = f"{config.teacher.steps} + {config.distill.steps} steps"
-    training_seconds = time.perf_counter() - start
     clean = CorruptedImages(read_images(_held_out(config, samples)), data.corruption)
     reference = _measured(features, clean, samples)
     distances = {
@@ -119,7 +127,7 @@ def _one(
     folder.mkdir(parents=True, exist_ok=True)
     grid([pictures[row] for row in ROWS], ROWS).save(folder / "grid.png")
     console.print(f"{name}: {', '.join(f'{row} {distances[row]:.2f}' for row in ROWS)} → {folder / 'grid.png'}")
-    return {"distances": distances, "trained": trained, "training_seconds": training_seconds}
+    return {"distances": distances, "trained": trained}
 
 
 def _held_out(config: OneStepConfig, samples: int) -> Any:
@@ -175,13 +183,17 @@ def table(rows: dict[str, Any]) -> Table:
     return shown
 
 
-def _read_summary(output: Path) -> dict[str, Any]:
-    path = output / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": {}}
+def export_weights(runs: Path, target: Path = WEIGHTS / "rsd") -> list[Path]:
+    """Seed 0's teachers and students of a study in `runs`, in bf16, to target/CORRUPTION/{teacher,student}."""
+    written = []
+    for path in sorted(runs.glob("*/seed0/*/model")):
+        denoiser, corruption, card = load_denoiser(path, dtype=torch.bfloat16)
+        written.append(save_denoiser(target / path.parts[-4] / path.parts[-2], denoiser, corruption, card))
+    return written
 
 
-def _write_summary(output: Path, summary: dict[str, Any]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / "summary.json")
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
