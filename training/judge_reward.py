@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.judge import HuggingFaceJudge, Judge, JudgePrompt, ServedJudge
+from mtedit_fast.training.dtypes import DTYPES
 from mtedit_fast.training.rewards import RewardBatch
-from mtedit_fast.training.sampler import DTYPES
 
 
 @lru_cache(maxsize=2)

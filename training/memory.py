@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtedit_fast.editors import EDITORS, KleinKVEditor
-from mtedit_fast.editors.pipeline_editor import NEGATIVE
-from mtedit_fast.training.adapters import Adapters
-from mtedit_fast.training.config import RunConfig, TrainConfig, size_of
-from mtedit_fast.training.public_models import FAMILIES, describe
+from mtedit_fast.editors import KleinKVEditor
+from mtedit_fast.training.config import RunConfig, TrainConfig
+from mtedit_fast.training.meta_model import MetaModel, model_path
+from mtedit_fast.training.public_models import describe
 from mtedit_fast.training.update import Chunk, Objective, UpdateBatch, UpdateStats
 
 MARGIN = 0.1
@@ -199,7 +195,7 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
     size = BYTES[config.model.dtype]
     held = {
         "transformer": weights,
-        "text encoders": describe(_path(config)).text_parameters * size,
+        "text encoders": describe(model_path(config)).text_parameters * size,
         "VAE": measured.vae,
         "LoRA and optimizer": copies * 4 * measured.adapter,
         "trajectories": _trajectories(config, measured, gpus),
@@ -235,68 +231,12 @@ def _trajectories(config: TrainConfig, measured: _Measured, gpus: int) -> int:
     return rows * (rollout.turns * (kept + image) + image) + texts * rollout.turns * measured.text
 
 
-def _path(config: TrainConfig) -> str:
-    if config.model.path is not None:
-        return config.model.path
-    from mtedit_fast.training.playground.models import WEIGHTS
-
-    return str(WEIGHTS / "pipeline")
-
-
 @cache
 def _measure(dumped: str) -> _Measured:
     config = TrainConfig.model_validate_json(dumped)
-    family, public = FAMILIES[config.model.family], describe(_path(config))
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype]
-    with torch.device("meta"), default_dtype(dtype):
-        transformer, vae = family.transformer.from_config(public.transformer), family.vae.from_config(public.vae)
-    pipeline = public.pipeline or family.pipeline
-    arguments = dict.fromkeys(inspect.signature(pipeline).parameters)
-    arguments |= {"transformer": transformer, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    if "is_distilled" in arguments:
-        arguments["is_distilled"] = public.is_distilled
-    editor: Any = EDITORS[config.model.family](pipeline(**arguments))
-    weights, vae_bytes = _bytes(transformer), _bytes(vae)
-    names = set(transformer._no_split_modules)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
-    in_blocks = [_bytes(block) for block in blocks]
-    adapters = Adapters(
-        transformer,
-        rank=config.model.lora.rank,
-        alpha=config.model.lora.alpha,
-        target_modules=config.model.lora.target_modules or editor.lora_targets,
-        seed=0,
-    )
-    if config.model.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    (height, width), guidance = config.data.size, config.rollout.guidance_scale
-    tokens, channels = editor.latent_shape(height, width)
-    resolution = config.rollout.reference_resolution
-    reference_size = (height, width) if resolution is None else size_of(resolution)
-    reference_tokens, _ = editor.latent_shape(*reference_size)
-    text_tokens = config.rollout.max_sequence_length
-    if editor.text_sees_image:
-        text_tokens += editor.text_image_tokens(height, width)
-    shapes = family.text(text_tokens, transformer.config)
-    if config.model.family != "kontext" and guidance > 1 and not public.is_distilled:
-        shapes |= {NEGATIVE + name: shape for name, shape in shapes.items()}
-
-    def velocity(rows: int) -> Tensor:
-        latents = torch.empty(rows, tokens, channels, device="meta")
-        text = {
-            name: torch.empty(rows, *shape, device="meta", dtype=torch.bool if name.endswith("mask") else dtype)
-            for name, shape in shapes.items()
-        }
-        condition = editor.condition(
-            latents.new_empty(rows, reference_tokens, channels),
-            text,
-            height=height,
-            width=width,
-            guidance_scale=guidance,
-            reference_size=reference_size,
-        )
-        return editor.velocity(latents, latents[:, 0, 0], condition)
-
+    model = MetaModel(config)
+    velocity, editor, blocks = model.velocity, model.editor, model.blocks
+    weights, in_blocks = _bytes(model.transformer), [_bytes(block) for block in blocks]
     optimizer, objective = config.optimizer, config.objective
     with FusedAttention():
         micro_batch = config.rollout.micro_batch or config.rollout.group_size
@@ -320,40 +260,28 @@ def _measure(dumped: str) -> _Measured:
         copies = old + (objective.kl_weight > 0)
         others = peak_bytes(partial(velocity, copies * rows)) if copies else 0
         sample = peak_bytes(partial(velocity, micro_batch))
-        latents = torch.empty(micro_batch, tokens, channels, device="meta")
-        decode = peak_bytes(lambda: editor.decode(latents, height, width))
-    prompt = {name: torch.empty(shape, device="meta", dtype=dtype) for name, shape in shapes.items()}
+        decode = peak_bytes(partial(model.decode, micro_batch))
     return _Measured(
         weights=weights,
         root=weights - sum(in_blocks),
         blocks=sum(in_blocks),
         block=max(in_blocks),
-        adapter=sum(parameter.numel() for parameter in adapters.parameters),
-        vae=vae_bytes,
-        text=sum(value.nbytes for value in prompt.values()),
+        adapter=sum(parameter.numel() for parameter in model.adapters.parameters),
+        vae=_bytes(model.vae.requires_grad_(False)),
+        text=sum(value.nbytes for value in model.text(1).values()),
         graph=graph,
         work=work,
         others=others,
         sample=sample,
         decode=decode,
-        tokens=tokens,
-        channels=channels,
-        reference_tokens=reference_tokens,
+        tokens=model.tokens,
+        channels=model.channels,
+        reference_tokens=model.reference_tokens,
         text_sees_image=editor.text_sees_image,
         references=editor.references.budget if isinstance(editor, KleinKVEditor) else 0,
     )
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating-point tensors are of `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Without the adapter, which alone is trained."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not tensor.requires_grad)

@@ -17,13 +17,12 @@ from mtedit_fast.timing import PhaseTimer
 from mtedit_fast.training.adapters import Adapters
 from mtedit_fast.training.config import TrainConfig, size_of
 from mtedit_fast.training.data import Record
+from mtedit_fast.training.dtypes import DTYPES
 from mtedit_fast.training.headroom import WITHOUT_GPU
 from mtedit_fast.training.rewards import RewardBatch, RewardStream, step_rewards
 
 if TYPE_CHECKING:
     from mtedit_fast.export.pipeline import EnginePipeline
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Sampler:

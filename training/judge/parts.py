@@ -11,11 +11,11 @@ import torch
 
 from mtedit_fast.judge.prompts import JudgePrompt
 from mtedit_fast.qwen_vl import ImageSpec
+from mtedit_fast.training.dtypes import DTYPES
 from mtedit_fast.training.judge.config import ModelConfig
 
 PROMPT = "judge.json"
 PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Parts(NamedTuple):
