@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.text import Text
 
 from mtedit_fast.cli_bench import add_bench
+from mtedit_fast.cli_edit import edit
 from mtedit_fast.cli_edival import edival_app, evaluate
 from mtedit_fast.cli_export import add_commands
 from mtedit_fast.cli_judge import judge_app
+from mtedit_fast.cli_restore import restore
 from mtedit_fast.cli_rsd import rsd_app
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ app.add_typer(edival_app, name="edival")
 app.add_typer(judge_app, name="judge")
 app.add_typer(rsd_app, name="rsd")
 app.command()(evaluate)
+app.command()(edit)
+app.command()(restore)
 add_bench(app)
 add_commands(app)
 
@@ -70,6 +74,38 @@ def memory(
     from mtedit_fast.training.memory import estimate
 
     Console().print(estimate(load_config(config, overrides or []), gpus).table())
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML, e.g. training/configs/kontext_8gpu.yaml")],
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="number and kind, e.g. 8xH100: A100, H100, H200, B200; default: this machine, as --probe"),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="share of the data sheet's rate that is assumed")] = 0.4,
+    reward_seconds: Annotated[float, typer.Option(help="that the rewards of one image take on one GPU")] = 0.0,
+    kept: Annotated[
+        float, typer.Option(help="part of the trajectories that filters leave; metric advantage/kept")
+    ] = 1.0,
+    probe: Annotated[bool, typer.Option("--probe", help="measure an iteration of one group here first")] = False,
+) -> None:
+    """Predict what a run takes before it starts: seconds per iteration by phase, memory, GPU hours.
+
+    Operations are counted from the configuration, on no device. What a GPU makes of them is assumed (--utilisation)
+    unless it is measured: on a machine of the kind the run is for, --probe loads the model and runs one group.
+    """
+    from mtedit_fast.training import plan as planner
+    from mtedit_fast.training.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
+    number, gpu = planner.parse_gpus(gpus) if gpus is not None else (1, None)
+    if probe or gpu is None:
+        rates = planner.probe(loaded)
+    else:
+        rates = planner.assumed_rates(loaded, gpu, utilisation=utilisation, reward_seconds=reward_seconds)
+    Console().print(planner.plan(loaded, number, rates, kept=kept, gpu=gpu).table())
 
 
 @app.command()

@@ -97,7 +97,7 @@ def rollout(
                 trajectories.images[rows, turn] = image
             if turn + 1 < turns:
                 with timer("encode"):
-                    following = latents if config.latent_chain else _encode_reference(editor, image, config)
+                    following = latents if config.latent_chain else encode_reference(editor, image, config)
                     trajectories.references[rows, turn + 1] = following.to(trajectories.references.dtype)
                     if editor.text_sees_image:
                         prompts = [instructions[row // config.group_size][turn + 1] for row in _range(rows)]
@@ -159,7 +159,7 @@ def _allocate(
     schedule = editor.schedule(config.num_steps, height, width)
     states = stored + 1 if stored else 0
     first = torch.cat(
-        [_encode_reference(editor, references[rows], config) for rows in slices(prompts, config.micro_batch)]
+        [encode_reference(editor, references[rows], config) for rows in slices(prompts, config.micro_batch)]
     )
     group = torch.arange(batch, device=device) // config.group_size
     text = _shared_text(editor, references, instructions)
@@ -202,7 +202,7 @@ def _allocate(
     return trajectories
 
 
-def _encode_reference(editor: Editor, images: Tensor, config: RolloutConfig) -> Tensor:
+def encode_reference(editor: Editor, images: Tensor, config: RolloutConfig) -> Tensor:
     """[B, M, C] of images [B, 3, H, W], brought to `reference_size`."""
     size = config.reference_size
     if size is not None and size != tuple(images.shape[-2:]):

@@ -21,7 +21,8 @@ from mtedit_fast.onestep import (
     image_seeds,
     register,
 )
-from mtedit_fast.onestep.corruption import CartesianMRI, synthetic_maps
+from mtedit_fast.onestep.corruption import BoxInpainting, CartesianMRI, CompressedSensing, synthetic_maps
+from mtedit_fast.onestep.operators import PartialFourier
 
 SEEDS = torch.arange(5)
 
@@ -54,6 +55,8 @@ OPERATORS = {
     "super-resolution, same size": (SuperResolution(2, keep_size=True), (2, 3, 6, 8)),
     "mri": (MultiCoilMRI(mask(2, 1, 9), maps(3, 7, 9)), (2, 2, 7, 9)),
     "mri, maps per image": (MultiCoilMRI(mask(2, 6, 8), maps(2, 3, 6, 8)), (2, 2, 6, 8)),
+    "partial Fourier": (PartialFourier(mask(2, 1, 9)), (2, 3, 7, 9)),
+    "partial Fourier, a mask of rows and lines": (PartialFourier(mask(1, 6, 8)), (2, 1, 6, 8)),
     "composition": (Composition([Blur(5, 1.0), SuperResolution(2)]), (2, 3, 6, 8)),
     "three": (Composition([Blur(5, 1.0), SuperResolution(2), Inpainting(mask(2, 3, 4))]), (2, 3, 6, 8)),
 }
@@ -142,6 +145,18 @@ def test_mri_with_everything_measured_is_an_isometry():
     torch.testing.assert_close(operator.normal(x), x, rtol=0, atol=1e-6)  # the maps are fp32
 
 
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+def test_partial_fourier_is_one_coil_of_mri(size):
+    x, kept = random(2, 3, *size), mask(2, 1, size[1])
+    y = PartialFourier(kept)(x)
+    coil = MultiCoilMRI(kept, torch.ones(1, *size, dtype=torch.complex128))
+    for channel in range(3):
+        image = torch.stack((x[:, channel], torch.zeros_like(x[:, channel])), 1)
+        torch.testing.assert_close(y[:, channel], coil(image)[:, 0], rtol=0, atol=1e-14)
+    full = PartialFourier(torch.ones(1, 1, 1, size[1]))
+    torch.testing.assert_close(full.normal(x), x, rtol=0, atol=1e-14)
+
+
 # ---- drawn by seed
 
 
@@ -152,6 +167,8 @@ CORRUPTIONS = {
     "super_resolution": ([{"name": "super_resolution", "keep_size": False}], 0.2),
     "both": ([{"name": "blur"}, {"name": "super_resolution"}], 0.2),
     "mri": ([{"name": "mri", "acceleration": 3, "coils": 2}], 0.1),
+    "box": ([{"name": "box", "share": 0.4}], 0.0),
+    "compressed_sensing": ([{"name": "compressed_sensing", "acceleration": 3, "centre": 0.1}], 0.1),
 }
 
 
@@ -188,8 +205,30 @@ def test_inpainting_masks_have_their_share_and_are_corrupted_further():
         assert abs(kept.item() - share) < 5 * math.sqrt(max(share * (1 - share), 0) / operator.mask.sum().item()) + 1e-9
 
 
-def test_mri_lines():
-    family = CartesianMRI(acceleration=4, centre=0.1, coils=3)
+@pytest.mark.parametrize(("share", "side"), [(0.5, 5), (0.3, 3), (0.01, 1), (0.99, 10)])
+def test_boxes_are_squares_anywhere_inside(share, side):
+    seeds = torch.arange(400)
+    missing = 1 - BoxInpainting(share).draw(seeds, (10, 14)).mask[:, 0]
+    rows, columns = missing.amax(2), missing.amax(1)
+    assert missing.equal(rows[:, :, None] * columns[:, None])  # a rectangle …
+    for lines, length in ((rows, 10), (columns, 14)):
+        first = lines.argmax(1)
+        assert bool((lines.sum(1) == side).all())  # … of this side, in one piece, at every place there is
+        assert bool((first + side - 1 == length - 1 - lines.flip(1).argmax(1)).all())
+        assert set(first.tolist()) == set(range(length - side + 1))
+
+
+def test_boxes_are_corrupted_further():
+    family = BoxInpainting()
+    operator = family.draw(SEEDS, (64, 64))
+    further = family.further(operator, SEEDS, 0.5)
+    assert bool((further.mask <= operator.mask).all())
+    assert abs((further.mask.sum() / operator.mask.sum()).item() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("kind", [CartesianMRI, CompressedSensing])
+def test_mri_lines(kind):
+    family = kind(acceleration=4, centre=0.1)
     operator = family.draw(SEEDS, (16, 40))
     assert operator.mask.shape == (5, 1, 1, 40)
     assert operator.mask.sum((1, 2, 3)).tolist() == [10] * 5
@@ -270,6 +309,10 @@ X = torch.zeros(2, 3, 8, 8)
             lambda: MultiCoilMRI(torch.ones(1, 1, 1, 8), maps(2, 8, 8)).adjoint(torch.zeros(1, 3, 2, 8, 8)),
             r"y: expected \[B, 2, 2, 8, 8\]",
         ),
+        (lambda: PartialFourier(torch.ones(1, 3, 1, 8)), "mask: expected one channel"),
+        (lambda: PartialFourier(torch.ones(1, 1, 1, 9))(X), "does not fit the operator's mask"),
+        (lambda: PartialFourier(torch.ones(1, 1, 1, 8)).adjoint(X), r"y: expected k-space \[B, C, 2, H, W\]"),
+        (lambda: BoxInpainting(1.0), "share: expected 0 < share < 1"),
         (lambda: Corruption([{"name": "fog"}]), "expected a name of noise, inpainting, .*, got 'fog'"),
         (lambda: Corruption([{"name": "blur", "width": 3}]), "blur: .*width"),
         (lambda: Corruption([{"name": "inpainting", "missing": 1.0}]), "missing: expected 0 <= missing < 1"),

@@ -60,7 +60,7 @@ def encode_prompts(pipeline: Any, prompts: list[tuple[str, int | None]], images:
         for part in images.flatten(0, 1).split(max(MAX_TOKENS // tokens, 1)):
             pixels = resize_lanczos(part.to(device), size)
             features += encode_images(model, *prepare_images(pixels, spec, quantize=True))
-    texts = [_template(pipeline, count if row is not None else 0).format(prompt) for prompt, row in prompts]
+    texts = [chat_template(pipeline, count if row is not None else 0).format(prompt) for prompt, row in prompts]
     ids = [_expand(own, pad, tokens) for own in tokenizer(texts)["input_ids"]]
     for (prompt, row), own in zip(prompts, ids, strict=True):
         if own.count(pad) != (tokens * count if row is not None else 0):
@@ -87,7 +87,7 @@ def encode_prompts(pipeline: Any, prompts: list[tuple[str, int | None]], images:
     return TextRows(embeds, [length - start for length in lengths], tokens * count)
 
 
-def _template(pipeline: Any, count: int) -> str:
+def chat_template(pipeline: Any, count: int) -> str:
     """The pipeline's template for `count` images: the first version's holds the place of one, Plus numbers them."""
     template: str = pipeline.prompt_template_encode
     if PICTURE in template:

@@ -4,7 +4,15 @@ from mtedit_fast.onestep.corruption import FAMILIES, Corruption, Family, Stream,
 from mtedit_fast.onestep.edm_sampler import EDMSampling, edm_sample
 from mtedit_fast.onestep.fid import Features, FeatureStatistics, frechet_distance, load_features, measure
 from mtedit_fast.onestep.generator import ImageSource, OneStepGenerator, TeacherSampler, seen_by, to_uint8
-from mtedit_fast.onestep.operators import Blur, Composition, Inpainting, MultiCoilMRI, Operator, SuperResolution
+from mtedit_fast.onestep.operators import (
+    Blur,
+    Composition,
+    Inpainting,
+    MultiCoilMRI,
+    Operator,
+    PartialFourier,
+    SuperResolution,
+)
 from mtedit_fast.onestep.precondition import (
     EDMDenoiser,
     load_denoiser,
@@ -31,6 +39,7 @@ __all__ = [
     "MultiCoilMRI",
     "OneStepGenerator",
     "Operator",
+    "PartialFourier",
     "Stream",
     "SuperResolution",
     "TeacherSampler",

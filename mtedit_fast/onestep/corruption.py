@@ -19,6 +19,7 @@ from mtedit_fast.onestep.operators import (
     Inpainting,
     MultiCoilMRI,
     Operator,
+    PartialFourier,
     SuperResolution,
 )
 from mtedit_fast.ops import seeded_noise
@@ -103,6 +104,26 @@ class RandomInpainting(Family):
         return Inpainting(operator.mask * kept)
 
 
+@register("box")
+class BoxInpainting(RandomInpainting):
+    """A square is missing, `share` of the shorter side long and anywhere in the image."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share: expected 0 < share < 1 of the shorter side, got {share}")
+        self.share = share
+
+    def draw(self, seed: Tensor, size: tuple[int, int]) -> Inpainting:
+        side = max(1, round(self.share * min(size)))
+        place = torch.special.ndtr(seeded_noise(seed, (2,), Stream.MASK))  # uniform in (0, 1)
+        inside = []
+        for axis, length in enumerate(size):
+            first = (place[:, axis] * (length - side + 1)).long()[:, None]
+            at = torch.arange(length, device=seed.device)
+            inside.append((at >= first) & (at < first + side))
+        return Inpainting(1 - (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float())
+
+
 @register("blur")
 class FixedBlur(Family):
     def __init__(self, taps: int = 9, std: float = 2.0) -> None:
@@ -123,51 +144,41 @@ class FixedSuperResolution(Family):
         return self.operator
 
 
-@register("mri")
-class CartesianMRI(Family):
-    """Multi-coil MRI with randomly chosen lines (columns of k-space) and the same coils for all images.
+class CartesianLines(Family):
+    """Families that measure some lines (columns) of k-space, chosen at random for each image.
 
     Args:
         acceleration: R; W / R of the W lines are measured.
         centre: share of the lines, around frequency 0, that is always measured.
-        coils: number of synthetic coils (`synthetic_maps`), where there are no maps.
-        maps: .npy file of complex [coils, H, W], or such a tensor.
     """
 
     random = True
 
-    def __init__(
-        self,
-        acceleration: float = 4,
-        centre: float = 0.08,
-        coils: int = 4,
-        maps: str | Tensor | None = None,
-    ) -> None:
+    def __init__(self, acceleration: float = 4, centre: float = 0.08) -> None:
         if acceleration < 1:
             raise ValueError(f"acceleration: expected ≥ 1, got {acceleration}")
         if not 0 <= centre <= 1 / acceleration:
             raise ValueError(f"centre: expected 0 <= centre <= 1 / acceleration ({1 / acceleration:.3g}), got {centre}")
-        if coils < 1:
-            raise ValueError(f"coils: expected ≥ 1, got {coils}")
-        self.acceleration, self.centre, self.coils = acceleration, centre, coils
-        self.maps = _read_maps(maps) if isinstance(maps, str) else maps
+        self.acceleration, self.centre = acceleration, centre
 
-    def draw(self, seed: Tensor, size: tuple[int, int]) -> MultiCoilMRI:
-        maps = self.maps if self.maps is not None else synthetic_maps(self.coils, *size)
-        everything = torch.ones(len(seed), 1, 1, size[1], device=seed.device)
-        mask = self._lines(everything, seed, self.acceleration, Stream.MASK)
-        return MultiCoilMRI(mask, maps.to(seed.device))
-
-    def further(self, operator: Operator, seed: Tensor, delta: float | None = None) -> MultiCoilMRI:
+    def further(self, operator: Operator, seed: Tensor, delta: float | None = None) -> Operator:
         """delta: the acceleration that is left; R + 1 if None."""
         delta = self.acceleration + 1 if delta is None else delta
         if delta < self.acceleration:
             raise ValueError(f"delta: expected at least the acceleration {self.acceleration:g}, got {delta}")
-        assert isinstance(operator, MultiCoilMRI)
         assert operator.mask is not None
-        return MultiCoilMRI(self._lines(operator.mask, seed, delta, Stream.FURTHER_MASK), operator.maps)
+        return self.with_lines(operator, self.lines(operator.mask, seed, delta, Stream.FURTHER_MASK))
 
-    def _lines(self, allowed: Tensor, seed: Tensor, acceleration: float, stream: Stream) -> Tensor:
+    def with_lines(self, operator: Operator, mask: Tensor) -> Operator:
+        """`operator` with another mask."""
+        raise NotImplementedError
+
+    def first_lines(self, seed: Tensor, width: int) -> Tensor:
+        """The mask [B, 1, 1, W] of the images with seeds [B]."""
+        everything = torch.ones(len(seed), 1, 1, width, device=seed.device)
+        return self.lines(everything, seed, self.acceleration, Stream.MASK)
+
+    def lines(self, allowed: Tensor, seed: Tensor, acceleration: float, stream: Stream) -> Tensor:
         """[B, 1, 1, W] with W / acceleration of the allowed lines: the central ones, and others by lot."""
         width = allowed.shape[3]
         count, centre = max(1, round(width / acceleration)), round(width * self.centre)
@@ -177,6 +188,49 @@ class CartesianMRI(Family):
         score = score.masked_fill(allowed[:, 0, 0] == 0, -torch.inf)
         chosen = score.topk(max(count, min(centre, width)), dim=1).indices
         return torch.zeros_like(score).scatter_(1, chosen, 1.0)[:, None, None] * allowed
+
+
+@register("compressed_sensing")
+class CompressedSensing(CartesianLines):
+    """One coil's k-space of real images, of which W / acceleration lines are measured."""
+
+    def draw(self, seed: Tensor, size: tuple[int, int]) -> PartialFourier:
+        return PartialFourier(self.first_lines(seed, size[1]))
+
+    def with_lines(self, operator: Operator, mask: Tensor) -> PartialFourier:
+        return PartialFourier(mask)
+
+
+@register("mri")
+class CartesianMRI(CartesianLines):
+    """Multi-coil MRI with the same coils for all images.
+
+    Args:
+        acceleration, centre: of the lines, as in `CartesianLines`.
+        coils: number of synthetic coils (`synthetic_maps`), where there are no maps.
+        maps: .npy file of complex [coils, H, W], or such a tensor.
+    """
+
+    def __init__(
+        self,
+        acceleration: float = 4,
+        centre: float = 0.08,
+        coils: int = 4,
+        maps: str | Tensor | None = None,
+    ) -> None:
+        super().__init__(acceleration, centre)
+        if coils < 1:
+            raise ValueError(f"coils: expected ≥ 1, got {coils}")
+        self.coils = coils
+        self.maps = _read_maps(maps) if isinstance(maps, str) else maps
+
+    def draw(self, seed: Tensor, size: tuple[int, int]) -> MultiCoilMRI:
+        maps = self.maps if self.maps is not None else synthetic_maps(self.coils, *size)
+        return MultiCoilMRI(self.first_lines(seed, size[1]), maps.to(seed.device))
+
+    def with_lines(self, operator: Operator, mask: Tensor) -> MultiCoilMRI:
+        assert isinstance(operator, MultiCoilMRI)
+        return MultiCoilMRI(mask, operator.maps)
 
 
 def synthetic_maps(coils: int, height: int, width: int) -> Tensor:

@@ -182,6 +182,33 @@ class MultiCoilMRI(Operator):
         return self.maps.to(device=x.device, dtype=torch.complex128 if x.dtype == torch.float64 else torch.complex64)
 
 
+class PartialFourier(Operator):
+    """A x = mask · FFT(x) of every channel of real images, [B, C, H, W] to k-space [B, C, 2, H, W]: what one coil
+    measures, as in compressed sensing; A^H y = Re IFFT(mask · y).
+
+    The transform is orthonormal and centred, as `MultiCoilMRI`'s; a full mask has A^H A = 1.
+
+    mask: [B or 1, 1, H or 1, W] of 0 and 1, any dtype.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = checked_mask(mask)
+        if mask.shape[1] != 1:
+            raise ValueError(f"mask: expected one channel, [B or 1, 1, H or 1, W], got {list(mask.shape)}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.mask is not None
+        _fits(x, self.mask, "mask")
+        return from_complex(_centred(torch.fft.fft2, x) * self.mask.to(x), 2)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        assert self.mask is not None
+        if y.ndim != 5 or y.shape[2] != 2:
+            raise ValueError(f"y: expected k-space [B, C, 2, H, W], got {list(y.shape)}")
+        _fits(y[:, :, 0], self.mask, "mask")
+        return _centred(torch.fft.ifft2, to_complex(y, 2) * self.mask.to(y)).real
+
+
 class Composition(Operator):
     """The operators one after another: the first is applied to the image."""
 

@@ -19,8 +19,8 @@ Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2,
 class CorruptionConfig(Section):
     operators: list[dict[str, Any]] = Field(
         default=[],
-        description="applied in order, each a name (noise, inpainting, blur, super_resolution, mri) with its options; "
-        "[]: noise alone",
+        description="applied in order, each a name (noise, inpainting, box, blur, super_resolution, mri, "
+        "compressed_sensing) with its options; []: noise alone",
     )
     sigma: float = Field(
         default=0.0, ge=0, description="σ_n, standard deviation of the noise in units of images in [-1, 1]"

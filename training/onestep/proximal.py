@@ -11,7 +11,6 @@ from mtedit_fast.onestep import (
     Features,
     FeatureStatistics,
     ImageSource,
-    MultiCoilMRI,
     Operator,
     frechet_distance,
     image_seeds,
@@ -59,4 +58,4 @@ class ProximalFID:
 
 def visible(y: Tensor, operator: Operator) -> Tensor:
     """Measurements as uint8 pixels [B, H, W, 1 or 3]; k-space as what its adjoint makes of it."""
-    return to_uint8(operator.adjoint(y) if isinstance(operator, MultiCoilMRI) else y)
+    return to_uint8(operator.adjoint(y) if y.ndim == 5 else y)

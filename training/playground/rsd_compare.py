@@ -70,7 +70,8 @@ def compare(
             raise ValueError(f"corruptions: expected some of {', '.join(CORRUPTIONS)}, got {name!r}")
     if not 1 <= seeds <= max(STUDENT_T):
         raise ValueError(f"seeds: expected 1 … {max(STUDENT_T)}, got {seeds}")
-    features, results = dino_features(), {}
+    features = dino_features()
+    results: dict[str, dict[str, Any]] = {}
     for name in corruptions:
         for seed in range(seeds):
             folder = output / name / f"seed{seed}"
