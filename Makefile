@@ -2,7 +2,8 @@
 # make demo      installs, then trains a tiny multi-turn editor end to end -> runs/demo/report.html
 # make test      installs, then runs every test, on two processes (JOBS=n for another number)
 # make lint      ruff and mypy
-# make bench     speed suites (pytest-benchmark)
+# make bench     every bench at a small size under pytest-benchmark, peers beside ours; the run is saved in .benchmarks
+# make bench-compare   the same again, beside the last saved run (BASE=0003: another)
 # PYTHON=python3.12 chooses another interpreter; setup.py lists the switches of the build.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench bench-compare clean
 install: $(STAMP)
 
 # torch goes first, alone: an index that offers several builds of it then settles which one everything else gets.
@@ -38,8 +39,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiled peers take most of the ten minutes, the first time.
+SPEED := $(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only --benchmark-max-time=0.3 \
+  --benchmark-min-rounds=3 --benchmark-columns=median,iqr,ops,rounds --benchmark-sort=name
+
 bench: install
-	$(BIN)/python -m pytest benchmarks -o python_files="bench_*.py" --benchmark-only
+	$(SPEED) --benchmark-autosave
+
+bench-compare: install
+	$(SPEED) --benchmark-compare$(if $(BASE),=$(BASE))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,6 +1,6 @@
 """A no-grad forward of old and reference rows: per-row adapters against peft's mixed batch and two serial forwards.
 
-python benchmarks/bench_adapters.py                      appends to benchmarks/results/adapters.csv
+mtedit-fast bench adapters                                appends to benchmarks/results/adapters.csv
 pytest benchmarks/bench_adapters.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 
 A row per implementation; `eager_us` is the serial one of the same run. Every call is timed by itself, with the device
@@ -12,15 +12,15 @@ import argparse
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import command
 import harness
-import pytest
+import record
 import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
@@ -168,7 +168,7 @@ def synchronised(call: harness.Call, device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def bench(case: Case, copy_gb_per_s: float, *, min_seconds: float) -> list[harness.Row]:
+def bench(case: Case, *, min_seconds: float) -> list[record.Row]:
     """One row per implementation, all timed in turns on the same inputs.
 
     Raises:
@@ -185,24 +185,34 @@ def bench(case: Case, copy_gb_per_s: float, *, min_seconds: float) -> list[harne
         models.rows(x)
     calls = {name: [partial(synchronised, partial(IMPLEMENTATIONS[name], models, x), case.device)] for name in names}
     times = harness.measure(calls, torch.device("cpu"), min_seconds=min_seconds)  # the calls synchronise by themselves
-    return [
-        harness.compared(
-            columns(case, name),
-            times,
-            bytes=models.weight_bytes + models.adapter_bytes,
-            flops=counter.get_total_flops(),
-            copy_gb_per_s=copy_gb_per_s,
-            error=errors[name],
-            own=name,
-            eager="serial",
+    copied, serial = harness.copy_bandwidth(case.device), times["serial"].median
+    moved, work = models.weight_bytes + models.adapter_bytes, counter.get_total_flops()
+
+    def row(name: str) -> record.Row:
+        time = times[name]
+        return record.made(
+            record.Row,
+            columns(case, name)
+            | {f"{key}_us": getattr(time, key) for key in time._fields}
+            | {
+                "bytes": moved,
+                "flops": work,
+                "gb_per_s": round(moved / time.median / 1e3, 3),
+                "gflop_per_s": round(work / time.median / 1e3, 3),
+                "copy_gb_per_s": round(copied, 3),
+                "percent_of_copy": round(100 * moved / time.median / 1e3 / copied, 1),
+                "eager_us": serial,
+                "speedup_eager": round(serial / time.median, 2),
+                "error": round(errors[name], 4),
+            },
         )
-        for name in names
-    ]
+
+    return [row(name) for name in names]
 
 
-def columns(case: Case, implementation: str) -> dict:
+def columns(case: Case, implementation: str) -> dict[str, Any]:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    return harness.environment(case.device) | {
+    return record.environment(case.device) | {
         "op": "adapters",
         "variant": f"{case.model} {'compiled' if case.compiled else 'eager'}",
         "shape": f"{case.old}+{case.reference}x{sum(case.tokens)}",
@@ -212,54 +222,42 @@ def columns(case: Case, implementation: str) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "adapters.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(min_seconds=2.0)
     parser.add_argument("--model", choices=("tiny", "kontext"), help="default: tiny on a CPU, kontext on a GPU")
     parser.add_argument("--rows", action="append", help="4+4, old and reference; may be repeated (default: two sizes)")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: fp32 and bf16; bf16 for kontext")
     parser.add_argument("--compile", action="store_true", help="regionally compiled rows too; mixed is left out there")
-    parser.add_argument("--min-seconds", type=float, default=2.0, help="per implementation and row")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    model = args.model or ("kontext" if device.type == "cuda" else "tiny")
-    counts = [tuple(map(int, text.split("+"))) for text in args.rows or []] or ROWS[device.type]
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
+    model = args.model or ("kontext" if args.device.type == "cuda" else "tiny")
+    counts = [tuple(map(int, text.split("+"))) for text in args.rows or []] or ROWS[args.device.type]
     dtypes = args.dtype or (["bf16"] if model == "kontext" else ["fp32", "bf16"])
     modes = (False, True) if args.compile else (False,)
-    cases = [
-        Case(model, old, reference, DTYPES[dtype], device, compiled)
-        for compiled, dtype, (old, reference) in itertools.product(modes, dtypes, counts)
-    ]
-    done = set(harness.measured(args.out))
-    left = [case for case in cases if harness.identity(columns(case, "rows")) not in done]
-    if not left:
-        print(f"{args.out} holds all {len(cases)} cases of this commit already")
-        return
-    copied = harness.copy_bandwidth(device)
-    print(f"{harness.device_name(device)}: copy {copied:.1f} GB/s read + written")
-    for case in left:
-        for row in bench(case, copied, min_seconds=args.min_seconds):
-            harness.append(args.out, row)
-            print(
-                f"{row.variant:17}{row.shape:14}{row.dtype:6}{row.backend:8}{row.median_us / 1e3:10.2f} ms "
-                f"{row.gflop_per_s:10.1f} GFLOP/s; {row.speedup_eager}x of serial",
-                flush=True,
-            )
+    for compiled, dtype, (old, reference) in itertools.product(modes, dtypes, counts):
+        case = Case(model, old, reference, DTYPES[dtype], args.device, compiled)
+        yield command.Job(columns(case, "rows"), partial(bench, case, min_seconds=args.min_seconds))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_adapters(benchmark, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case("tiny", 4, 4, DTYPES[dtype], device)
+def describe(row: record.Row) -> str:
+    return (
+        f"{row.variant:17}{row.shape:14}{row.dtype:6}{row.backend:8}{row.median_us / 1e3:10.2f} ms "
+        f"{row.gflop_per_s:10.1f} GFLOP/s; {row.speedup_eager}x of serial"
+    )
+
+
+def prepare(dtype: str, implementation: str) -> tuple[str, harness.Call]:
+    case = Case("tiny", 4, 4, DTYPES[dtype], command.default_device())
     models = Models(case)
-    x = case.inputs(torch.Generator(device).manual_seed(0), models.config)
+    x = case.inputs(torch.Generator(case.device).manual_seed(0), models.config)
     call = partial(IMPLEMENTATIONS[implementation], models, x)
     assert error(case, call(), models.serial(x)) <= 1
-    benchmark.group = f"adapters {dtype}"
-    benchmark(synchronised, call, device)
+    return f"adapters {dtype}", call
 
+
+main = partial(command.run, __doc__, "adapters", options, jobs, describe)
+test_adapters = command.speed_test(prepare, itertools.product(DTYPES, IMPLEMENTATIONS))
 
 if __name__ == "__main__":
     main()

@@ -1,19 +1,18 @@
 """attention_columns against attention with its matrix formed, as it is written and under torch.compile.
 
-python benchmarks/bench_attention_columns.py                      appends to benchmarks/results/attention_columns.csv
+mtedit-fast bench attention_columns                      appends to benchmarks/results/attention_columns.csv
 pytest benchmarks/bench_attention_columns.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 
 A shape is batch x heads x length x D x columns; queries and keys are one sequence, the columns its first tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import harness
 import op_bench
-import pytest
+import record
 import torch
 from torch import Tensor
 
@@ -87,7 +86,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row(harness.Row):
+class Row(record.Row):
     """One line of attention_columns.csv."""
 
     extra_bytes: int
@@ -141,65 +140,26 @@ def error(case: Case, name: str, found: Result, x: Inputs) -> float:
     return worst
 
 
-def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> Row:
-    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
-    options: dict[str, Any] = {"graph": graph, "compile": compile, "min_seconds": min_seconds}
-    judge = partial(error, case)
-    row = op_bench.measure(case, columns(case, graph), IMPLEMENTATIONS, judge, copy_gb_per_s, **options)
-    x = case.inputs(torch.Generator(case.device).manual_seed(1))
-    memory = {}
-    for name, make in IMPLEMENTATIONS.items():
-        if name == "compile" and not compile:
-            continue
-        run = make(case)
-        run(x)
-        memory[name] = harness.extra_bytes(partial(run, x), case.device)
-    return Row(
-        **asdict(row),
-        extra_bytes=memory["ours"],
-        eager_extra_bytes=memory["eager"],
-        compile_extra_bytes=memory.get("compile"),
-        matrix_bytes=case.matrix_bytes,
-    )
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    return lambda name, result: error(case, name, result, x)
 
 
-def columns(case: Case, graph: bool) -> dict[str, Any]:
-    backend = choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton"))
-    return op_bench.columns(case, "attention_columns", backend, graph)
+BENCH = op_bench.OpBench(
+    __doc__,
+    "attention_columns",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(1, 4, 1024, 64, 8),
+    backend=lambda case: choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton")),
+    captured=lambda variant: variant != "backward",  # autograd's own launches are not
+    row=Row,
+    more=lambda case: {"matrix_bytes": case.matrix_bytes},
+)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    op_bench.command(
-        __doc__,
-        harness.RESULTS / "attention_columns.csv",
-        Case,
-        bench,
-        columns,
-        variants=VARIANTS,
-        shapes=SHAPES,
-        arguments=arguments,
-        captured=lambda variant: variant != "backward",  # autograd's own launches are not
-    )
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_attention_columns(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (1, 4, 1024, 64, 8), op_bench.DTYPES[dtype], device)
-    x = case.inputs(torch.Generator(device).manual_seed(0))
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(case, implementation, run(x), x) <= 1
-
-    def call() -> None:
-        run(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"attention_columns {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_attention_columns = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

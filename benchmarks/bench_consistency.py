@@ -1,7 +1,7 @@
 """ContentConsistency end to end against an EdiVal-style loop: PIL, image by image, references embedded again.
 
-python benchmarks/bench_consistency.py           the playground's DINO; appends to benchmarks/results/consistency.csv
-python benchmarks/bench_consistency.py --full    a DINOv3 ViT-B/16 with random weights at 224 pixels, for a GPU
+mtedit-fast bench consistency           the playground's DINO; appends to benchmarks/results/consistency.csv
+mtedit-fast bench consistency --full    a DINOv3 ViT-B/16 with random weights at 224 pixels, for a GPU
 pytest benchmarks/bench_consistency.py --benchmark-only
 
 Both get the edits as the decoder leaves them, floats on the device, here multiples of 1/255, so that PIL sees the same
@@ -9,16 +9,17 @@ images. `difference` is the largest distance between the two scores: PIL rounds 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
+import command
 import harness
-import pytest
+import record
 import torch
 import torch.nn.functional as F
+from flops import matmul_flop_per_s
 from peers.consistency_loop import ConsistencyLoop
 from peers.judge_loop import to_pil
 from torch import Tensor
@@ -33,7 +34,7 @@ ALLOWED = 0.02  # difference between the two scores
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file. Times are microseconds of a whole call."""
 
     images: int
@@ -160,14 +161,6 @@ def vit(case: Case) -> Callable[[], Tensor]:
 IMPLEMENTATIONS = {"ours": ours, "loop": loop, "vit": vit}
 
 
-def matmul_gflop_per_s(case: Case, min_seconds: float) -> float:
-    """What the device reaches on a large square product in the model's dtype (its p20)."""
-    size = 8192 if case.device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=case.device).to(case.dtype)
-    times = harness.measure({"matmul": [lambda: a @ b]}, case.device, min_seconds=min_seconds)
-    return 2 * size**3 / times["matmul"].p20 / 1e3
-
-
 def bench(case: Case, min_seconds: float) -> Row:
     """Raises RuntimeError where ours and the loop do not score alike, so that times mean nothing."""
     calls = {name: make(case) for name, make in IMPLEMENTATIONS.items()}
@@ -179,7 +172,10 @@ def bench(case: Case, min_seconds: float) -> Row:
         {name: [call] for name, call in calls.items()}, torch.device("cpu"), min_seconds=min_seconds
     )
     own = times["ours"]
-    gflop_per_s, peak = case.flops / own.median / 1e3, matmul_gflop_per_s(case, min_seconds)
+    gflop_per_s, peak = (
+        case.flops / own.median / 1e3,
+        matmul_flop_per_s(case.device, case.dtype, min_seconds=min_seconds) / 1e9,
+    )
     return Row(
         **columns(case),
         images=case.vit_images,
@@ -201,7 +197,7 @@ def bench(case: Case, min_seconds: float) -> Row:
 
 
 def columns(case: Case) -> dict:
-    return harness.environment(case.device) | {
+    return record.environment(case.device) | {
         "op": "content_consistency",
         "variant": "dinov3-vit-b16" if case.full else "playground",
         "shape": case.shape,
@@ -211,37 +207,34 @@ def columns(case: Case) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "consistency.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(min_seconds=1.0)
     parser.add_argument("--full", action="store_true", help="ViT-B/16 at 224 pixels, images of 512")
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="per implementation, and 20 calls of each")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    case = Case(args.full, device, args.group, args.turns)
-    if harness.identity(columns(case)) in set(harness.measured(args.out)):
-        print(f"{args.out} holds the row of this commit already")
-        return
-    row = bench(case, args.min_seconds)
-    harness.append(args.out, row)
-    print(
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
+    case = Case(args.full, args.device, args.group, args.turns)
+    yield command.Job(columns(case), partial(bench, case, args.min_seconds))
+
+
+def describe(row: Row) -> str:
+    return (
         f"{row.variant} {row.shape} {row.dtype}: {row.median_us / 1e3:.1f} ms, {row.images_per_s} images/s, "
         f"{row.percent_of_matmul} % of matmul, {row.percent_of_vit} % of the ViT alone; loop {row.speedup_loop}x, "
         f"scores differ by {row.difference}"
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_content_consistency(benchmark, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(False, device, group=4)
+def prepare(implementation: str) -> tuple[str, harness.Call]:
+    case = Case(False, command.default_device(), group=4)
     assert (ours(case)() - loop(case)()).abs().max() <= ALLOWED
-    benchmark.group = "content consistency, 4 x 3 turns"
-    benchmark(IMPLEMENTATIONS[implementation](case))
+    return "content consistency, 4 x 3 turns", IMPLEMENTATIONS[implementation](case)
 
+
+main = partial(command.run, __doc__, "consistency", options, jobs, describe)
+test_content_consistency = command.speed_test(prepare, [(name,) for name in IMPLEMENTATIONS])
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """crop_resize against PIL, F.interpolate(antialias=True) and kornia, each a crop at a time as people write it.
 
-python benchmarks/bench_crop_resize.py                      appends to benchmarks/results/crop_resize.csv
+mtedit-fast bench crop_resize                      appends to benchmarks/results/crop_resize.csv
 pytest benchmarks/bench_crop_resize.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 
 Every implementation turns the same boxes into one normalised fp32 batch on the device. `interpolate` is torchvision's
@@ -8,18 +8,15 @@ resize of float tensors and has our definition; `interpolate_u8` resizes bytes, 
 beforehand: they round and clip between their passes. kornia's antialiasing is another one, a blur before the resize.
 """
 
-import argparse
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import NamedTuple
 
-import harness
 import numpy as np
-import pytest
+import op_bench
+import record
 import torch
 from PIL import Image
 from torch import Tensor
@@ -58,8 +55,10 @@ class Case:
     device: torch.device
 
     def inputs(self, generator: torch.Generator) -> Inputs:
-        """Images like pictures, coarse structure and a little noise; `generator` is the CPU's."""
+        """Images like pictures, coarse structure and a little noise, made on the CPU."""
         n, side, _ = self.shape
+        seed = torch.randint(2**31, (1,), generator=generator, device=generator.device)
+        generator = torch.Generator().manual_seed(int(seed))
         coarse = torch.rand(IMAGES, 3, max(side // 16, 2), max(side // 16, 2), generator=generator)
         images = interpolate(coarse, (side, side), mode="bicubic")
         images = (255 * (images + 0.02 * torch.randn(images.shape, generator=generator))).clamp(0, 255).to(torch.uint8)
@@ -72,6 +71,18 @@ class Case:
         pil = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
         crops = list(zip(index.tolist(), boxes.tolist(), strict=True))
         return Inputs(source.to(self.device), boxes.to(self.device), index.to(self.device), pil, crops)
+
+    @cached_property
+    def _work(self) -> tuple[int, int]:
+        return self.work(self.inputs(torch.Generator().manual_seed(0)))
+
+    @property
+    def bytes(self) -> int:
+        return self._work[0]
+
+    @property
+    def flops(self) -> int:
+        return self._work[1]
 
     def work(self, x: Inputs) -> tuple[int, int]:
         """Bytes that no implementation can avoid (a box's pixels read, its crop written in fp32), and the two passes'
@@ -87,7 +98,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row(harness.Measured):
+class Row(record.Measured):
     """One line of crop_resize.csv; an empty peer was not measured or not installed."""
 
     pil_us: float
@@ -148,7 +159,7 @@ def by_kornia(case: Case) -> Callable[[Inputs], Tensor]:
     return by_tensor(case, lambda crop: kornia_resize(crop, (case.shape[2],) * 2, **options), torch.float32)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[Case], Callable[[Inputs], Tensor]]] = {
     "ours": ours,
     "pil": by_pil,
     "interpolate": by_interpolate,
@@ -178,120 +189,28 @@ def true_crops(case: Case, x: Inputs) -> Tensor:
     return crop_resize(x.images, x.boxes, case.shape[2], image_index=x.index, **options)
 
 
-def bench(case: Case, copy_gb_per_s: float, *, min_seconds: float) -> Row:
-    """Measures ours and its peers on the same inputs.
-
-    Raises:
-        RuntimeError: an implementation's results are not what they should be, so that its time means nothing.
-    """
-    generator = torch.Generator().manual_seed(0)
-    first = case.inputs(generator)
-    moved, flops = case.work(first)
-    sets = [first, *(case.inputs(generator) for _ in range(min(harness.rotations(moved, case.device), 8) - 1))]
-    truth = true_crops(case, first)
-    calls: dict[str, list[harness.Call]] = {}
-    errors: dict[str, float] = {}
-    for name in implementations(case):
-        run = IMPLEMENTATIONS[name](case)
-        errors[name] = error(name, run(first), truth)
-        if not errors[name] <= 1:
-            raise RuntimeError(f"{name} {case}: {errors[name]:.3g} times the error that is allowed: no row")
-        calls[name] = [partial(run, x) for x in sets]
-    times = harness.measure(calls, case.device, min_seconds=min_seconds)
-    own = times.pop("ours")
-    medians = {name: timing.median for name, timing in times.items()}
-    gb_per_s = moved / own.median / 1e3
-    return Row(
-        **identity(case),
-        median_us=own.median,
-        p20_us=own.p20,
-        p80_us=own.p80,
-        bytes=moved,
-        flops=flops,
-        gb_per_s=round(gb_per_s, 3),
-        gflop_per_s=round(flops / own.median / 1e3, 3),
-        copy_gb_per_s=round(copy_gb_per_s, 3),
-        percent_of_copy=round(100 * gb_per_s / copy_gb_per_s, 1),
-        pil_us=medians["pil"],
-        interpolate_us=medians["interpolate"],
-        interpolate_u8_us=medians.get("interpolate_u8"),
-        kornia_us=medians.get("kornia"),
-        speedup_pil=round(medians["pil"] / own.median, 2),
-        speedup_interpolate=round(medians["interpolate"] / own.median, 2),
-        speedup_best=round(min(medians.values()) / own.median, 2),
-        error=round(errors["ours"], 4),
-    )
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    truth = true_crops(case, x)
+    return lambda name, result: error(name, result, truth)
 
 
-def identity(case: Case) -> dict:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return harness.environment(case.device) | {
-        "op": "crop_resize",
-        "variant": case.variant,
-        "shape": "x".join(map(str, case.shape)),
-        "dtype": names[case.dtype],
-        "backend": choose_backend("auto", case.device, (torch.float32,), offered=("cpp", "cuda")),
-        "timing": "stream" if case.device.type == "cuda" else "call",
-    }
+BENCH = op_bench.OpBench(
+    __doc__,
+    "crop_resize",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(16, 512, 224),
+    backend=lambda case: choose_backend("auto", case.device, (torch.float32,), offered=("cpp", "cuda")),
+    able=implementations,
+    captured=lambda variant: False,
+    row=Row,
+    dtypes=DTYPES,
+)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "crop_resize.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", action="append", help="crops x image side x crop side, 32x512x224; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the images (default: both)")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: both")
-    parser.add_argument("--min-seconds", type=float, default=0.5, help="per implementation and row")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape or []] or SHAPES[device.type]
-    dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
-    cases = [
-        Case(variant, *rest, device) for variant, *rest in itertools.product(args.variant or VARIANTS, shapes, dtypes)
-    ]
-    done = set(harness.measured(args.out))
-    left = [case for case in cases if harness.identity(identity(case)) not in done]
-    if not left:
-        print(f"{args.out} holds all {len(cases)} rows of this commit already")
-        return
-    copy = harness.copy_bandwidth(device, min_seconds=args.min_seconds)
-    print(
-        f"{harness.device_name(device)}: copy {copy:.1f} GB/s read + written; kornia: "
-        f"{'installed' if kornia_resize else 'not installed'}"
-    )
-    for case in left:
-        row = bench(case, copy, min_seconds=args.min_seconds)
-        harness.append(args.out, row)
-        each = row.median_us / case.shape[0]
-        print(
-            f"{row.variant:9}{row.shape:12}{row.dtype:5}{row.backend:10}{each:9.1f} µs a crop, "
-            f"{row.gb_per_s:.1f} GB/s; PIL {row.speedup_pil}x, interpolate {row.speedup_interpolate}x, "
-            f"best {row.speedup_best}x",
-            flush=True,
-        )
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_crop_resize(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (16, 512, 224), DTYPES[dtype], device)
-    if implementation not in implementations(case):
-        pytest.skip(f"{implementation} does not take this case, or is not installed")
-    x = case.inputs(torch.Generator().manual_seed(0))
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(implementation, run(x), true_crops(case, x)) <= 1
-
-    def call() -> None:
-        run(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"crop_resize {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_crop_resize = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """digit_score and token_log_probs against full logits, torch.compile of our reference, and fused cross-entropies.
 
-python benchmarks/bench_digit_score.py                      appends to benchmarks/results/digit_score.csv
+mtedit-fast bench digit_score                      appends to benchmarks/results/digit_score.csv
 pytest benchmarks/bench_digit_score.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 
 A shape is rows x H x vocabulary. On a GPU the crossover of library products and the fused kernel is measured first and
@@ -8,14 +8,13 @@ A shape is rows x H x vocabulary. On a GPU the crossover of library products and
 cut-cross-entropy where they are installed) are peers of the log-probs only: none of them knows score tokens.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import harness
 import op_bench
-import pytest
+import record
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +96,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row(harness.Row):
+class Row(record.Row):
     """One line of digit_score.csv; an empty peer was not measured, not installed, or does not do this."""
 
     library_us: float | None
@@ -230,99 +229,44 @@ def error(name: str, case: Case, found: Result, exact: Result) -> float:
     return worst
 
 
-def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> Row:
-    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
-    crossover = find_crossover(case)
-    generator = torch.Generator(case.device).manual_seed(0)
-    sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, case.device))]
-    exact = truth(case, sets[0])
-    calls: dict[str, list[harness.Call]] = {}
-    errors: dict[str, float] = {}
-    for name in implementations(case):
-        if name == "compile" and not compile:
-            continue
-        run = IMPLEMENTATIONS[name](case)
-        errors[name] = error(name, case, run(sets[0]), exact)
-        if not errors[name] <= 1:
-            raise RuntimeError(f"{name} {case}: {errors[name]:.3g} times the error that is allowed: no row")
-        calls[name] = [partial(run, x) for x in sets]
-    del exact
-    memory = {name: harness.extra_bytes(each[0], case.device) for name, each in calls.items()}
-    times = harness.measure(calls, case.device, graph=graph, min_seconds=min_seconds)
-    row = harness.compared(
-        columns(case, graph),
-        times,
-        bytes=case.bytes,
-        flops=case.flops,
-        copy_gb_per_s=copy_gb_per_s,
-        error=errors["ours"],
-    )
-    others = ("library", "fused", "chunked", "liger", "cut")
-    return Row(
-        **asdict(row),
-        **{f"{name}_us": times[name].median if name in times else None for name in others},
-        crossover=crossover,
-        extra_bytes=memory["ours"],
-        eager_extra_bytes=memory["eager"],
-        **{f"{name}_extra_bytes": memory.get(name) for name in others[2:]},
-    )
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    exact = truth(case, x)
+    return lambda name, result: error(name, case, result, exact)
 
 
 def find_crossover(case: Case) -> str:
     """Measured, unless it is known already."""
     if case.device.type != "cuda" or unavailable_reason("triton", case.device, (case.dtype,)) is not None:
         return ""
-    rows = measure_crossover(*case.shape[1:], case.dtype, case.device).rows
-    return "never" if rows is None else str(rows)
+    crossover = measure_crossover(*case.shape[1:], case.dtype, case.device).rows
+    return "never" if crossover is None else str(crossover)
 
 
-def columns(case: Case, graph: bool) -> dict[str, Any]:
-    n, h, v = case.shape
+def backend(case: Case) -> str:
     if case.variant == "set":
-        backend = choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton"))
-    else:
-        find_crossover(case)
-        backend, _ = vocab_backend(n, h, v, case.dtype, case.device)
-    return op_bench.columns(case, "digit_score" if case.scores else "token_log_probs", backend, graph)
+        return choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton"))
+    find_crossover(case)
+    return vocab_backend(*case.shape, case.dtype, case.device)[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    missing = [name for name, found in PEERS.items() if found is None]
-    if missing:
-        print(f"not installed and left out: {', '.join(missing)}")
-    op_bench.command(
-        __doc__,
-        harness.RESULTS / "digit_score.csv",
-        Case,
-        bench,
-        columns,
-        variants=VARIANTS,
-        shapes=SHAPES,
-        arguments=arguments,
-        captured=lambda variant: variant == "set",  # the others take far longer than a launch
-    )
+BENCH = op_bench.OpBench(
+    __doc__,
+    "digit_score",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(64, 256, 8192),
+    backend=backend,
+    op=lambda case: "digit_score" if case.scores else "token_log_probs",
+    able=implementations,
+    captured=lambda variant: variant == "set",  # the others take far longer than a launch
+    row=Row,
+    more=lambda case: {"crossover": find_crossover(case)},
+)
 
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_digit_score(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (64, 256, 8192), op_bench.DTYPES[dtype], device)
-    if implementation not in implementations(case):
-        pytest.skip(f"{implementation} does not do this case, or is not installed")
-    x = case.inputs(torch.Generator(device).manual_seed(0))
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(implementation, case, run(x), truth(case, x)) <= 1
-
-    def call() -> None:
-        run(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"digit_score {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_digit_score = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

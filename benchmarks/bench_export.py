@@ -1,6 +1,6 @@
 """A full-size transformer with random weights to ONNX: time, and how much memory the export takes besides the weights.
 
-mtedit-fast bench export                                 FLUX.1-Kontext-dev in bf16: 24 GB of weights, 48 GB of disk
+mtedit-fast bench export --editor kontext                FLUX.1-Kontext-dev in bf16: 24 GB of weights, 48 GB of disk
 mtedit-fast bench export --editor klein-4b --folder /scratch
 pytest benchmarks/bench_export.py --benchmark-only       a tiny one under pytest-benchmark (make bench)
 
@@ -10,31 +10,31 @@ weights would be as large as they are.
 """
 
 import argparse
-import math
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import harness
-import pytest
+import command
+import record
 import torch
 from random_editors import RECIPES
 from torch import nn
 
 from mtedit_fast.export import Exportable, Manifest, export_module, klein_transformer, kontext_transformer
-from mtedit_fast.training.memory import default_dtype
+from mtedit_fast.training.dtypes import default_dtype
 from mtedit_fast.training.public_models import FAMILIES
 
 EXPORTS = {"kontext": kontext_transformer, "flux2_klein": klein_transformer}
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file."""
 
     weights_bytes: int
@@ -115,7 +115,7 @@ def bench(name: str, folder: Path, *, tiny: bool) -> Row:
 
 
 def columns(name: str, tiny: bool) -> dict[str, Any]:
-    return harness.environment(torch.device("cpu")) | {
+    return record.environment(torch.device("cpu")) | {
         "op": "export",
         "variant": f"tiny {name}" if tiny else name,
         "shape": "transformer",
@@ -125,27 +125,28 @@ def columns(name: str, tiny: bool) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: argparse.ArgumentParser) -> None:
     names = [name for name, recipe in RECIPES.items() if recipe.editor.family in EXPORTS and "kv" not in name]
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "export.csv")
     parser.add_argument("--editor", choices=names, default="kontext")
     parser.add_argument("--tiny", action="store_true", help="the tiny model")
     parser.add_argument("--folder", type=Path, help="for the weights and the export, deleted afterwards")
-    args = parser.parse_args(arguments)
-    if harness.identity(columns(args.editor, args.tiny)) in set(harness.measured(args.out)):
-        print(f"{args.out} holds the row of this commit already")
-        return
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
+    folder = args.folder or Path(tempfile.gettempdir())
     free, need = shutil.disk_usage(folder).free, 0 if args.tiny else 2 * _bytes(args.editor)
     if free < need:
-        parser.error(f"--folder: expected {math.ceil(need / 1e9)} GB free, got {free // 10**9} GB; choose another disk")
-    try:
-        row = bench(args.editor, folder, tiny=args.tiny)
-    finally:
-        shutil.rmtree(folder)
-    harness.append(args.out, row)
-    print(
+        raise ValueError(f"--folder: expected {need / 1e9:.0f} GB free, got {free / 1e9:.0f} GB; choose another disk")
+
+    def measure() -> Row:
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            return bench(args.editor, Path(made), tiny=args.tiny)
+
+    yield command.Job(columns(args.editor, args.tiny), measure)
+
+
+def describe(row: Row) -> str:
+    return (
         f"{row.variant}: {row.weights_bytes / 1e9:.2f} GB of weights in {row.seconds:.0f} s, "
         f"{row.peak_bytes / 1e9:.2f} GB of memory besides; {row.files_bytes / 1e9:.2f} GB of files, opset {row.opset}"
     )
@@ -158,12 +159,17 @@ def _bytes(name: str) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["kontext", "klein-4b"])
-def test_export(benchmark, name: str, tmp_path: Path) -> None:
-    transformer = mapped_transformer(name, tmp_path / "weights.bin", tiny=True)
-    benchmark.group = "ONNX export of a tiny transformer"
-    benchmark(lambda: export_module(tmp_path / "export", "transformer", exportable(name, transformer)))
+def prepare(name: str) -> tuple[str, Callable[[], object]]:
+    folder = tempfile.TemporaryDirectory()
+    transformer = mapped_transformer(name, Path(folder.name) / "weights.bin", tiny=True)
+    # the call keeps the folder, which is deleted with it
+    return "ONNX export of a tiny transformer", lambda: export_module(
+        Path(folder.name) / "export", "transformer", exportable(name, transformer)
+    )
 
+
+main = partial(command.run, __doc__, "export", options, jobs, describe)
+test_export = command.speed_test(prepare, [("kontext",), ("klein-4b",)])
 
 if __name__ == "__main__":
     main()

@@ -17,14 +17,17 @@ has another loss or gradient for the same trajectories; nor where ours replays t
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import command
 import harness
-import pytest
+import record
 import torch
 from iteration_checks import STATES, checked
 from iteration_setup import NEEDED, Case, Setup
@@ -35,7 +38,7 @@ PHASES = ("rollout", "reward", "update", "rest")
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file. Times are seconds of a whole iteration, medians over its repetitions."""
 
     trajectories: int
@@ -200,7 +203,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(
             full=full,
-            device=torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device),
+            device=args.device,
             dtype=args.dtype or ("bf16" if full else "fp32"),
             objective=args.objective,
             needed=needed,
@@ -222,10 +225,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "iteration.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="public sizes, bf16, random weights")
     parser.add_argument("--objective", choices=["nft", "grpo"], default="nft")
     parser.add_argument(
@@ -252,35 +252,34 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="ours, on a GPU")
     parser.add_argument("--attention", default="native", help="ours (mtedit_fast.editors.speed)")
     parser.add_argument("--repetitions", type=int, default=5, help="iterations of each side, after one to warm up")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options()
-    args = parser.parse_args(arguments)
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
     if args.repetitions < 1:
-        parser.error(f"--repetitions: expected at least 1, got {args.repetitions}")
-    if args.device != "cuda" and torch.cuda.is_available():
-        parser.error(f"--device: expected cuda, where the trainer goes if there is a GPU, got {args.device}")
+        raise ValueError(f"--repetitions: expected at least 1, got {args.repetitions}")
+    if args.device.type != "cuda" and torch.cuda.is_available():
+        raise ValueError(f"--device: expected cuda, where the trainer goes if there is a GPU, got {args.device}")
     for case in cases(args):
-        if harness.identity(case.columns) in set(harness.measured(args.out)):
-            print(f"{args.out} holds the row of this commit already: {case}")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            row = bench(case, repetitions=args.repetitions, folder=Path(folder))
-        harness.append(args.out, row)
-        print(describe(row), flush=True)
+        yield command.Job(case.columns, partial(_in_folder, case, args.repetitions))
 
 
-@pytest.mark.parametrize("implementation", ["ours", "loop"])
-def test_iteration(benchmark, implementation: str, tmp_path: Path) -> None:
-    args = options().parse_args(["--needed", "both", "--groups", "1", "--group", "4", "--turns", "2"])
-    setup = Setup(cases(args)[0], tmp_path)
+def _in_folder(case: Case, repetitions: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        return bench(case, repetitions=repetitions, folder=Path(folder))
+
+
+def prepare(implementation: str) -> tuple[str, harness.Call]:
+    folder = tempfile.TemporaryDirectory()
+    small = "--needed both --groups 1 --group 4 --turns 2"
+    args = command.parser(__doc__, "iteration", options).parse_args(small.split())
+    setup = Setup(cases(args)[0], Path(folder.name))
     checked(setup)
-    ours, loop = sides(setup)
-    benchmark.group = "iteration, 4 x 2 turns"
-    benchmark(ours if implementation == "ours" else loop)
+    weakref.finalize(setup, folder.cleanup)
+    return "iteration, 4 x 2 turns", sides(setup)[implementation == "loop"]
 
+
+main = partial(command.run, __doc__, "iteration", options, jobs, describe)
+test_iteration = command.speed_test(prepare, [("ours",), ("loop",)])
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The judge end to end: trajectories scored per second, against one generation per score.
 
-python benchmarks/bench_judge.py                 the playground's judge, G = 16, one and three turns
-python benchmarks/bench_judge.py --full          a Qwen3-VL-8B with random weights and images of 512 pixels, for a GPU
+mtedit-fast bench judge                 the playground's judge, G = 16, one and three turns
+mtedit-fast bench judge --full          a Qwen3-VL-8B with random weights and images of 512 pixels, for a GPU
 pytest benchmarks/bench_judge.py --benchmark-only
 
 Three ways to the same scores, on edits as the decoder leaves them: ours; ours without sharing the prefix of a group;
@@ -10,15 +10,15 @@ the largest distance between the first and the last.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from random import Random
 from typing import Any
 
+import command
 import harness
-import pytest
+import record
 import torch
 import torch.nn.functional as F
 from peers.judge_loop import JudgeLoop, to_pil
@@ -36,7 +36,7 @@ ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a scale of 4: batches
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file. Times are microseconds of a whole call."""
 
     prompt_tokens: int
@@ -223,7 +223,7 @@ def bench(case: Case, min_seconds: float) -> Row:
 
 
 def columns(case: Case) -> dict[str, Any]:
-    return harness.environment(case.device) | {
+    return record.environment(case.device) | {
         "op": "judge",
         "variant": "qwen3-vl-8b" if case.full else "playground",
         "shape": case.shape,
@@ -233,38 +233,35 @@ def columns(case: Case) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "judge.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(min_seconds=1.0)
     parser.add_argument("--full", action="store_true", help="Qwen3-VL-8B with random weights, images of 512")
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="per implementation, and 20 calls of each")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
     for turns in args.turns:
-        case = Case(args.full, device, args.group, turns)
-        if harness.identity(columns(case)) in set(harness.measured(args.out)):
-            print(f"{args.out} holds the row of this commit already: {case.shape}")
-            continue
-        row = bench(case, args.min_seconds)
-        harness.append(args.out, row)
-        print(
-            f"{row.variant} {row.shape} {row.dtype}: {row.trajectories_per_s} trajectories/s; prefix sharing "
-            f"{row.speedup_prefix}x, one by one {row.speedup_one_by_one}x, head {row.percent_head} % of the time, "
-            f"scores differ by {row.difference}"
-        )
+        case = Case(args.full, args.device, args.group, turns)
+        yield command.Job(columns(case), partial(bench, case, args.min_seconds))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_judge(benchmark, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(False, device, group=4)
+def describe(row: Row) -> str:
+    return (
+        f"{row.variant} {row.shape} {row.dtype}: {row.trajectories_per_s} trajectories/s; prefix sharing "
+        f"{row.speedup_prefix}x, one by one {row.speedup_one_by_one}x, head {row.percent_head} % of the time, "
+        f"scores differ by {row.difference}"
+    )
+
+
+def prepare(implementation: str) -> tuple[str, harness.Call]:
+    case = Case(False, command.default_device(), group=4)
     assert (judge(case)() - one_by_one(case)()).abs().max() <= ALLOWED[case.dtype]
-    benchmark.group = "judge, 4 x 3 turns"
-    benchmark(IMPLEMENTATIONS[implementation](case))
+    return "judge, 4 x 3 turns", IMPLEMENTATIONS[implementation](case)
 
+
+main = partial(command.run, __doc__, "judge", options, jobs, describe)
+test_judge = command.speed_test(prepare, [(name,) for name in IMPLEMENTATIONS])
 
 if __name__ == "__main__":
     main()

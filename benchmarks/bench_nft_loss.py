@@ -1,18 +1,16 @@
 """nft_loss and crd_loss, loss and gradient, against the eager form of the public code, torch.compile of our reference,
 and copy bandwidth.
 
-python benchmarks/bench_nft_loss.py                      appends to benchmarks/results/nft_loss.csv
+mtedit-fast bench nft_loss                      appends to benchmarks/results/nft_loss.csv
 pytest benchmarks/bench_nft_loss.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import harness
 import op_bench
-import pytest
 import torch
 from torch import Tensor
 
@@ -225,56 +223,24 @@ def error(case: Case, found: Result, x: Inputs, *, roundings: int = 1) -> float:
 ROUNDINGS = {"ours": 1, "eager": 8, "compile": 1}
 
 
-def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> harness.Row:
-    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
-
-    def judge(name: str, result: Any, x: Inputs) -> float:
-        return error(case, result, x, roundings=ROUNDINGS[name])
-
-    options: dict[str, Any] = {"graph": graph, "compile": compile, "min_seconds": min_seconds}
-    return op_bench.measure(case, columns(case, graph), IMPLEMENTATIONS, judge, copy_gb_per_s, **options)
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    return lambda name, result: error(case, result, x, roundings=ROUNDINGS[name])
 
 
-def columns(case: Case, graph: bool) -> dict[str, Any]:
-    backend = choose("auto", case.device, ())
-    return op_bench.columns(case, "crd_loss" if case.variant == "crd" else "nft_loss", backend, graph)
+BENCH = op_bench.OpBench(
+    __doc__,
+    "nft_loss",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(8, 4096, 64),
+    backend=lambda case: choose("auto", case.device, ()),
+    op=lambda case: "crd_loss" if case.variant == "crd" else "nft_loss",
+)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    op_bench.command(
-        __doc__,
-        harness.RESULTS / "nft_loss.csv",
-        Case,
-        bench,
-        columns,
-        variants=VARIANTS,
-        shapes=SHAPES,
-        arguments=arguments,
-    )
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_nft_loss(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (8, 4096, 64), op_bench.DTYPES[dtype], device)
-    generator = torch.Generator(device).manual_seed(0)
-    sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, device))]
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(case, run(sets[0]), sets[0], roundings=ROUNDINGS[implementation]) <= 1
-    index = 0
-
-    def call() -> None:
-        nonlocal index
-        run(sets[index % len(sets)])
-        index += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"{columns(case, False)['op']} {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_nft_loss = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

@@ -15,15 +15,16 @@ peer's images come from other velocities than ours.
 """
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 
+import command
 import flops
 import harness
-import pytest
+import record
 import torch
 from peers.rollout_loop import full_attention
 from random_editors import ALIASES, RECIPES
@@ -37,7 +38,7 @@ ALLOWED = {"fp32": 1e-3, "bf16": 0.1, "fp8": 0.5}
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file. Times are microseconds of a whole rollout."""
 
     reference_side: int
@@ -201,7 +202,7 @@ def describe(row: Row) -> str:
 def case_of(args: argparse.Namespace) -> Case:
     """Defaults by device: tiny models on a CPU, full ones at 512 pixels on a GPU."""
     name = ALIASES.get(args.editor, args.editor)
-    recipe, cuda = RECIPES[name], args.device == "cuda"
+    recipe, cuda = RECIPES[name], args.device.type == "cuda"
     tiny = args.tiny if args.tiny is not None else not cuda
     size = args.size or (recipe.tiny_side if tiny else 512)
     group = args.group or (16 if cuda else 2)
@@ -209,7 +210,7 @@ def case_of(args: argparse.Namespace) -> Case:
     loop_batch = args.loop_batch or (1 if name.startswith("qwen") else min(group, 4))
     return Case(
         editor=name,
-        device=torch.device(args.device, 0) if cuda else torch.device(args.device),
+        device=args.device,
         dtype=args.dtype or ("bf16" if cuda else "fp32"),
         tiny=tiny,
         size=size,
@@ -225,10 +226,8 @@ def case_of(args: argparse.Namespace) -> Case:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "rollout.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(min_seconds=1.0)
     parser.add_argument("--editor", choices=[*ALIASES, *RECIPES], default="kontext")
     parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, help="tiny models (default: on a CPU)")
     parser.add_argument("--size", type=int, help="pixels a side (default: 512; tiny 32, qwen 64)")
@@ -242,28 +241,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", choices=["none", "blocks", "whole"], default="none")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--attention", help="back end of attention, the peer's too (mtedit_fast.editors.speed)")
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="per implementation")
     parser.add_argument("--samples", type=int, default=3, help="timed rollouts per implementation, at least")
-    args = parser.parse_args(arguments)
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
     case = case_of(args)
-    if harness.identity(case.columns) in set(harness.measured(args.out)):
-        print(f"{args.out} holds the row of this commit already: {describe_case(case)}")
-        return
-    row = bench(case, min_seconds=args.min_seconds, samples=args.samples)
-    harness.append(args.out, row)
-    print(describe(row), flush=True)
+    yield command.Job(case.columns, partial(bench, case, min_seconds=args.min_seconds, samples=args.samples))
 
 
-@pytest.mark.parametrize("implementation", ["ours", "loop"])
-@pytest.mark.parametrize("editor", ALIASES.values())
-def test_rollout(benchmark, editor: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def prepare(editor: str, implementation: str) -> tuple[str, harness.Call]:
     side = RECIPES[editor].tiny_side
-    setup = Setup(Case(editor, device, "fp32", True, side, side, 4, 2, 2, 4, 1))
+    setup = Setup(Case(editor, command.default_device(), "fp32", True, side, side, 4, 2, 2, 4, 1))
     assert setup.compared(setup.rollout())[0] <= ALLOWED["fp32"]
-    benchmark.group = f"rollout of a tiny {editor}"
-    benchmark(setup.rollout if implementation == "ours" else partial(setup.run_loop, setup.loop()))
+    call = setup.rollout if implementation == "ours" else partial(setup.run_loop, setup.loop())
+    return f"rollout of a tiny {editor}", call
 
+
+main = partial(command.run, __doc__, "rollout", options, jobs, describe)
+test_rollout = command.speed_test(prepare, itertools.product(["kontext", *ALIASES.values()], ["ours", "loop"]))
 
 if __name__ == "__main__":
     main()

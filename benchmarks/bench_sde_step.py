@@ -1,17 +1,15 @@
 """sde_step against the eager formula as people write it, torch.compile of our reference, and copy bandwidth.
 
-python benchmarks/bench_sde_step.py                      appends to benchmarks/results/sde_step.csv
+mtedit-fast bench sde_step                      appends to benchmarks/results/sde_step.csv
 pytest benchmarks/bench_sde_step.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import harness
 import op_bench
-import pytest
 import torch
 from torch import Tensor
 
@@ -184,56 +182,23 @@ def error(case: Case, result: Result, x: Inputs, *, own_noise: bool = False) -> 
     return max(math.inf if math.isnan(ratio) else ratio for ratio in map(float, ratios))
 
 
-def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> harness.Row:
-    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
-
-    def judge(name: str, result: Any, x: Inputs) -> float:
-        return error(case, result, x, own_noise=name != "ours" and case.variant == "seed")
-
-    options: dict[str, Any] = {"graph": graph, "compile": compile, "min_seconds": min_seconds}
-    return op_bench.measure(case, columns(case, graph), IMPLEMENTATIONS, judge, copy_gb_per_s, **options)
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    return lambda name, result: error(case, result, x, own_noise=name != "ours" and case.variant == "seed")
 
 
-def columns(case: Case, graph: bool) -> dict[str, Any]:
-    backend = choose_backend("auto", case.device, (case.dtype,))
-    return op_bench.columns(case, "sde_step", backend, graph)
+BENCH = op_bench.OpBench(
+    __doc__,
+    "sde_step",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(8, 4096, 64),
+    backend=lambda case: choose_backend("auto", case.device, (case.dtype,)),
+)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    op_bench.command(
-        __doc__,
-        harness.RESULTS / "sde_step.csv",
-        Case,
-        bench,
-        columns,
-        variants=VARIANTS,
-        shapes=SHAPES,
-        arguments=arguments,
-    )
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_sde_step(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (8, 4096, 64), op_bench.DTYPES[dtype], device)
-    generator = torch.Generator(device).manual_seed(0)
-    sets = [case.inputs(generator) for _ in range(harness.rotations(case.bytes, device))]
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(case, run(sets[0]), sets[0], own_noise=implementation != "ours" and variant == "seed") <= 1
-    index = 0
-
-    def call() -> None:
-        nonlocal index
-        run(sets[index % len(sets)])
-        index += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"sde_step {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_sde_step = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,16 @@
 """token_similarity against PyTorch and torch.compile of our reference.
 
-python benchmarks/bench_token_similarity.py                      appends to benchmarks/results/token_similarity.csv
+mtedit-fast bench token_similarity                      appends to benchmarks/results/token_similarity.csv
 pytest benchmarks/bench_token_similarity.py --benchmark-only     the same calls under pytest-benchmark (make bench)
 
 The eager peer is, on a CPU, the loop over pairs that evaluation code runs; on a GPU, our reference: batched PyTorch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import harness
 import op_bench
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,53 +161,24 @@ def error(case: Case, found: Result, x: Inputs) -> float:
     return float(worst.nan_to_num(torch.inf))
 
 
-def bench(case: Case, copy_gb_per_s: float, *, graph: bool, compile: bool, min_seconds: float) -> harness.Row:
-    """Measures ours and its peers on the same inputs; RuntimeError where one's results are not those of fp64."""
-
-    def judge(name: str, result: Any, x: Inputs) -> float:
-        return error(case, result, x)
-
-    options: dict[str, Any] = {"graph": graph, "compile": compile, "min_seconds": min_seconds}
-    return op_bench.measure(case, columns(case, graph), IMPLEMENTATIONS, judge, copy_gb_per_s, **options)
+def checker(case: Case, x: Inputs) -> op_bench.Checker:
+    return lambda name, result: error(case, result, x)
 
 
-def columns(case: Case, graph: bool) -> dict[str, Any]:
-    backend = choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton"))
-    return op_bench.columns(case, "token_similarity", backend, graph)
+BENCH = op_bench.OpBench(
+    __doc__,
+    "token_similarity",
+    Case,
+    IMPLEMENTATIONS,
+    checker,
+    VARIANTS,
+    SHAPES,
+    small=(48, 196, 768),
+    backend=lambda case: choose_backend("auto", case.device, (case.dtype,), offered=("reference", "triton")),
+    captured=lambda variant: variant != "backward",  # sorting pairs and autograd's own launches are not
+)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    op_bench.command(
-        __doc__,
-        harness.RESULTS / "token_similarity.csv",
-        Case,
-        bench,
-        columns,
-        variants=VARIANTS,
-        shapes=SHAPES,
-        arguments=arguments,
-        captured=lambda variant: variant != "backward",  # sorting pairs and autograd's own launches are not
-    )
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_token_similarity(benchmark, variant: str, dtype: str, implementation: str) -> None:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    case = Case(variant, (48, 196, 768), op_bench.DTYPES[dtype], device)
-    x = case.inputs(torch.Generator(device).manual_seed(0))
-    run = IMPLEMENTATIONS[implementation](case)
-    assert error(case, run(x), x) <= 1
-
-    def call() -> None:
-        run(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.group = f"token_similarity {variant} {dtype}"
-    benchmark(call)
-
+bench, main, test_token_similarity = BENCH.bench, BENCH.main, BENCH.speed_test()
 
 if __name__ == "__main__":
     main()

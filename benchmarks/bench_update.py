@@ -1,8 +1,8 @@
 """One iteration's policy update, forwards to optimizer step, against the loops that trainers run today.
 
-python benchmarks/bench_update.py                    the playground's Kontext; appends to benchmarks/results/update.csv
-python benchmarks/bench_update.py --full             FLUX.1-Kontext-dev at full size with random weights, for a GPU
-python benchmarks/bench_update.py --full --compile   and with compiled blocks; --fp8: and fp8 where there is no gradient
+mtedit-fast bench update                    the playground's Kontext; appends to benchmarks/results/update.csv
+mtedit-fast bench update --full             FLUX.1-Kontext-dev at full size with random weights, for a GPU
+mtedit-fast bench update --full --compile   and with compiled blocks; --fp8: and fp8 where there is no gradient
 pytest benchmarks/bench_update.py --benchmark-only   the same calls under pytest-benchmark (make bench)
 
 nft         ours where the old policy's and the reference's forwards are needed ("both"), the old one's ("old"), none
@@ -19,15 +19,15 @@ has been compared with its baseline's.
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import command
 import harness
-import pytest
+import record
 import torch
 from peers.update_loop import Masked, Serial
 from torch import Tensor
@@ -45,7 +45,7 @@ FILTERED = (0, 25, 50, 75)  # percent of the trajectories
 
 
 @dataclass(frozen=True)
-class Row(harness.Line):
+class Row(record.Line):
     """One line of a results file. Times are microseconds of a whole update."""
 
     forward_rows: int
@@ -249,7 +249,7 @@ def bench(setup: Setup, group: str, *, min_seconds: float) -> list[Row]:
 
 def columns(case: Case, group: str) -> dict:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    return harness.environment(case.device) | {
+    return record.environment(case.device) | {
         "op": "update",
         "variant": f"{case.model} {group}",
         "shape": case.shape,
@@ -257,10 +257,8 @@ def columns(case: Case, group: str) -> dict:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "update.csv")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(min_seconds=1.0)
     parser.add_argument("--full", action="store_true", help="FLUX.1-Kontext-dev at 512 pixels, bf16, random weights")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the playground's model")
     parser.add_argument("--forward-rows", type=int, help="samples per forward of NFT, peers' too (default: 32, full 2)")
@@ -269,32 +267,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="as --only compile, beside the others")
     parser.add_argument("--fp8", action="store_true", help="as --only fp8, beside the others; GPU, needs torchao")
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="per implementation")
-    args = parser.parse_args(arguments)
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
-    case = full(device) if args.full else tiny(device, DTYPES[args.dtype])
+
+
+def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
+    case = full(args.device) if args.full else tiny(args.device, DTYPES[args.dtype])
     case = replace(case, forward_rows=args.forward_rows or case.forward_rows)
     groups = dict.fromkeys([*(args.only or EAGER), *["compile"] * args.compile, *["fp8"] * args.fp8])
-    if "fp8" in groups and device.type != "cuda":
-        parser.error(f"--fp8: expected a GPU, got --device {args.device}: float8 products are timed there alone")
-    done = {identity[:-2] for identity in harness.measured(args.out)}
-    left = [group for group in groups if group_identity(case, group) not in done]
-    if not left:
-        print(f"{args.out} holds all {len(groups)} groups of this commit already")
-        return
-    for names in (EAGER, COMPILED):
-        todo = [group for group in left if group in names]
-        setup = Setup(case, compiled=names is COMPILED) if todo else None
-        for group in todo:
-            assert setup is not None
-            for row in bench(setup, group, min_seconds=args.min_seconds):
-                harness.append(args.out, row)
-                print(describe(row), flush=True)
+    if "fp8" in groups and args.device.type != "cuda":
+        raise ValueError(f"--fp8: expected a GPU, got --device {args.device}: float8 products are timed there alone")
+    setup = lru_cache(maxsize=1)(lambda compiled: Setup(case, compiled=compiled))
+    for group in sorted(groups, key=COMPILED.__contains__):  # two setups would not fit
 
+        def measure(group: str = group) -> list[Row]:
+            return bench(setup(group in COMPILED), group, min_seconds=args.min_seconds)
 
-def group_identity(case: Case, group: str) -> tuple[str, ...]:
-    """What the rows of a group have in common in a results file."""
-    return harness.identity(columns(case, group) | {"backend": "", "timing": ""})[:-2]
+        yield command.Job(columns(case, group), measure)
 
 
 def describe(row: Row) -> str:
@@ -306,25 +293,26 @@ def describe(row: Row) -> str:
     )
 
 
-@pytest.fixture(scope="module")
-def setup() -> Setup:
-    return Setup(tiny(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")))
+@lru_cache(maxsize=1)
+def small_setup() -> Setup:
+    return Setup(tiny(command.default_device()))
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
+def prepare(group: str, name: str) -> tuple[str, harness.Call]:
+    update = dict(GROUPS[group](small_setup()))[name]
+    update.setup.set_old(current=update.current)
+    return f"update {group}", update
+
+
+main = partial(command.run, __doc__, "update", options, jobs, describe)
+test_update = command.speed_test(
+    prepare,
     [
         *(("nft", name) for name in ("both", "old", "neither", "serial both")),
         *(("compaction", name) for name in ("compact 50 %", "masked 50 %")),
         *(("grpo", name) for name in ("exact", "batched 128")),
     ],
 )
-def test_update(benchmark, setup: Setup, group: str, name: str) -> None:
-    update = dict(GROUPS[group](setup))[name]
-    update.setup.set_old(current=update.current)
-    benchmark.group = f"update {group}"
-    benchmark(update)
-
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import environment
+from record import environment
 from scipy import stats
 
 from mtedit_fast.training.playground.demo import run_demo

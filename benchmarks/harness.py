@@ -1,28 +1,22 @@
-"""What every bench shares: rotating inputs, timing, the measured copy ceiling, and rows appended to a CSV.
+"""What every bench shares: rotating inputs, timing, memory, and the measured copy ceiling.
 
 Timing. On a GPU below 100 µs per call a launch costs as much as a kernel, so calls are timed inside a CUDA graph
 ("graph"), and again as plain launches ("stream"), which is what an uncaptured loop pays. On a CPU each call is timed
 ("call"). Inputs are random and rotate through more memory than the last cache holds.
 """
 
-import csv
 import ctypes
 import itertools
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import quantiles
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], object]
 
 
@@ -32,85 +26,6 @@ class Timing(NamedTuple):
     median: float
     p20: float
     p80: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """How every line of a results file begins: where, and what, was measured."""
-
-    date: str
-    commit: str
-    device: str
-    threads: int
-    python: str
-    torch: str
-    triton: str
-    op: str
-    variant: str
-    shape: str
-    dtype: str
-    backend: str
-    timing: str
-
-
-@dataclass(frozen=True)
-class Measured(Line):
-    """How every line of an op's results file begins. Times are microseconds per call."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
-    bytes: int
-    flops: int
-    gb_per_s: float
-    gflop_per_s: float
-    copy_gb_per_s: float
-    percent_of_copy: float
-
-
-@dataclass(frozen=True)
-class Row(Measured):
-    """Beside the eager form and `torch.compile`; an empty peer was not measured."""
-
-    eager_us: float | None
-    compile_us: float | None
-    speedup_eager: float | None
-    speedup_compile: float | None
-    error: float
-    """Largest error against fp64, as a fraction of what the check allows."""
-
-
-def compared(
-    columns: Mapping[str, Any],
-    times: Mapping[str, Timing],
-    *,
-    bytes: int,
-    flops: int,
-    copy_gb_per_s: float,
-    error: float,
-    own: str = "ours",
-    eager: str = "eager",
-) -> Row:
-    """The row of `own`, beside its peers `eager` and, where it was measured, "compile"."""
-    time, peer = times[own], times.get("compile")
-    gb_per_s = bytes / time.median / 1e3
-    return Row(
-        **columns,
-        median_us=time.median,
-        p20_us=time.p20,
-        p80_us=time.p80,
-        bytes=bytes,
-        flops=flops,
-        gb_per_s=round(gb_per_s, 3),
-        gflop_per_s=round(flops / time.median / 1e3, 3),
-        copy_gb_per_s=round(copy_gb_per_s, 3),
-        percent_of_copy=round(100 * gb_per_s / copy_gb_per_s, 1),
-        eager_us=times[eager].median,
-        compile_us=peer.median if peer else None,
-        speedup_eager=round(times[eager].median / time.median, 2),
-        speedup_compile=round(peer.median / time.median, 2) if peer else None,
-        error=round(error, 4),
-    )
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -201,6 +116,7 @@ def _gpu_timer(calls: Sequence[Call], graph: bool) -> Callable[[], float]:
     return seconds
 
 
+@cache
 def copy_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> float:
     """GB/s, read plus written, that the fastest way to copy a large random array reaches on this device (its p20)."""
     size = 1 << (30 if device.type == "cuda" else 28)
@@ -221,78 +137,6 @@ def copy_bandwidth(device: torch.device, *, min_seconds: float = 0.5) -> float:
 def _device_copy(launch: Callable[..., None], target: Tensor, source: Tensor) -> None:
     stream = torch.cuda.current_stream(source.device).cuda_stream
     launch(target.data_ptr(), source.data_ptr(), source.numel(), stream, source.device.index)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it; `COMMIT` where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
-
-
-def environment(device: torch.device) -> dict[str, str | int]:
-    """The columns that say where and when a row was measured."""
-    try:
-        import triton
-    except ImportError:
-        triton = None
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": commit(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__ if triton else "",
-    }
-
-
-def append(path: Path, row: Any) -> None:
-    """Adds a row, a `Row` or another dataclass, and the header to a new file.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    names = [field.name for field in fields(row)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size:
-        with path.open(newline="") as file:
-            found = next(csv.reader(file))
-        if found != names:
-            raise ValueError(f"{path} has other columns than this version writes: move it away ({found})")
-        fresh = False
-    else:
-        fresh = True
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-
-
-def measured(path: Path) -> Iterator[tuple[str, ...]]:
-    """What a results file already holds, so that a session can be resumed: what identifies each row."""
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                yield tuple(row[name] for name in IDENTITY)
-
-
-IDENTITY = ("commit", "device", "threads", "torch", "op", "variant", "shape", "dtype", "backend", "timing")
-
-
-def identity(row_or_columns: dict[str, object]) -> tuple[str, ...]:
-    return tuple(str(row_or_columns[name]) for name in IDENTITY)
 
 
 def extra_bytes(call: Call, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness
+import record
 import torch
 from iteration_rewards import loop_scores
 from peers.iteration_loop import IterationLoop, Recorded, Samples
@@ -76,7 +76,7 @@ class Case:
         modes += ["graphs"] * (self.cuda_graphs and self.device.type == "cuda")
         modes += [f"{self.attention} attention"] * (self.attention != "native")
         learned = f", {self.draws} draws" if self.objective == "nft" else ""
-        return harness.environment(self.device) | {
+        return record.environment(self.device) | {
             "op": "iteration",
             "variant": f"{'kontext' if self.full else 'playground'} {self.objective}, {self.filter}",
             "shape": f"{self.groups}x{self.group}x{self.turns}x{self.size} in {self.steps}{learned} "

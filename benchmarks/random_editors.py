@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtedit_fast.editors import KleinEditor, KontextEditor, QwenEditor, TextConditioning
 from mtedit_fast.editors.klein_kv import KleinKVEditor
 from mtedit_fast.editors.pipeline_editor import NEGATIVE
-from mtedit_fast.training.memory import default_dtype
+from mtedit_fast.training.dtypes import default_dtype
 from mtedit_fast.training.public_models import FAMILIES, PUBLIC, PublicModel
 
 IMAGE_TOKENS = 196  # of a 384² image in Qwen2.5-VL: 27 patches of 14 pixels a side, rounded to 28 and merged 2 × 2

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import harness
+import record
 import torch
 import torch.nn.functional as F
 from peers.replay_loop import replay_loop
@@ -58,7 +58,7 @@ class Case:
         modes = [f"compiled {self.compile}"] * (self.compile != "none") + ["graphs"] * self.cuda_graphs
         modes += [f"{self.attention} attention"] * (self.attention is not None)
         reference = "" if self.reference_size == self.size else f" from {self.reference_size}"
-        return harness.environment(self.device) | {
+        return record.environment(self.device) | {
             "op": "rollout",
             "variant": f"tiny {self.editor}" if self.tiny else self.editor,
             "shape": f"{self.group}x{self.turns}x{self.size}{reference} in {self.steps}",

@@ -1,15 +1,19 @@
-"""`mtedit-fast bench NAME …`: the speed measurements of the source tree."""
+"""`mtedit-fast bench NAME …`: the speed measurements of the source tree, in suites or one by one, and their report."""
 
 from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export", "all")
+SUITE_OPTIONS = {"--device", "--results", "--list", "--fresh", "--tests", "--time-limit"}
+READERS = {"report": "report.py", "tables": "tables.py"}
 
 
 def names() -> list[str]:
@@ -27,21 +31,35 @@ def names() -> list[str]:
     return found
 
 
-def run_bench(name: str, arguments: list[str]) -> None:
-    """Run bench NAME in this process, as `python benchmarks/bench_NAME.py ARGUMENTS…` would.
+def script(name: str, arguments: Sequence[str]) -> list[str]:
+    """The file that NAME stands for, with its arguments: a suite where all options are a suite's, else the bench.
 
     Raises:
-        ValueError: there is no such bench.
+        ValueError: there is no such name.
+    """
+    benches, flags = names(), {text.partition("=")[0] for text in arguments if text.startswith("-")}
+    if name in READERS:
+        return [READERS[name], *arguments]
+    if name in SUITES and (name not in benches or flags <= SUITE_OPTIONS):
+        return ["suites.py", name, *arguments]
+    if name not in benches:
+        known = dict.fromkeys([*SUITES, *benches, *READERS])
+        raise ValueError(f"bench: expected one of {', '.join(known)}, got {name!r}")
+    return [f"bench_{name}.py", *arguments]
+
+
+def run_bench(name: str, arguments: Sequence[str]) -> None:
+    """Run what NAME stands for in this process, as `python benchmarks/FILE ARGUMENTS…` would.
+
+    Raises:
+        ValueError: there is no such name.
         ImportError: it needs what is not installed.
     """
-    known = names()
-    if name not in known:
-        raise ValueError(f"bench: expected one of {', '.join(known)}, got {name!r}")
-    file = BENCHMARKS / f"bench_{name}.py"
+    file, *rest = script(name, arguments)
     before = sys.argv, list(sys.path)
-    sys.argv, sys.path[:0] = [str(file), *arguments], [str(BENCHMARKS)]
+    sys.argv, sys.path[:0] = [str(BENCHMARKS / file), *rest], [str(BENCHMARKS)]
     try:
-        runpy.run_path(str(file), run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     except ImportError as error:
         raise ImportError(f"bench {name}: {error}; pip install -e '.[dev]', and see benchmarks/README.md") from error
     finally:
@@ -50,14 +68,18 @@ def run_bench(name: str, arguments: list[str]) -> None:
 
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="which one; without, their names", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="a suite, a bench, report or tables; without, their names", show_default=False)
+    ] = None,
 ) -> None:
-    """Measure speed: `bench rollout --editor klein-kv --size 1024`; `bench NAME --help` lists what each takes.
+    """Measure speed: `bench all --list`, `bench rollout`, `bench rollout --editor klein-kv`, `bench report`.
 
-    Rows are appended to benchmarks/results, or to --out. benchmarks/README.md says how to read them.
+    A suite takes --device, --results, --list, --fresh, --tests and --time-limit; with other options NAME is the bench,
+    whose own `bench NAME --help` lists. Rows are appended to benchmarks/results, whose README says how to read them.
+    `bench report` draws them as a page and compares two commits or devices; `bench tables` writes them into Markdown.
     """
     if name is None:
-        typer.echo("\n".join(names()))
+        typer.echo(f"suites: {' '.join(SUITES)}\nbenches: {' '.join(names())}\nresults: {' '.join(READERS)}")
         return
     run_bench(name, context.args)
 

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_iteration  # noqa: E402
+import command  # noqa: E402
 import iteration_checks  # noqa: E402
 import iteration_rewards  # noqa: E402
 import iteration_setup  # noqa: E402
@@ -263,7 +264,7 @@ def test_the_command_measures_each_row_once(tmp_path, capsys):
     assert (row["variant"], row["backend"], row["draws"]) == ("playground nft, none", "old", "1")
     assert row["shape"] == "1x2x1x64 in 2, 1 draws by 2|2|2"
     bench_iteration.main(arguments)
-    assert "holds the row of this commit already" in capsys.readouterr().out
+    assert "holds all 1 rows of this commit already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,9 @@ def test_defaults(options, expected):
         "loop_batch",
         "forward_rows",
     ]
-    found = bench_iteration.cases(bench_iteration.options().parse_args(options.split()))
+    found = bench_iteration.cases(
+        command.parser(None, "iteration", bench_iteration.options).parse_args(options.split())
+    )
     assert [tuple(getattr(case, name) for name in names) for case in found] == expected
     assert {case.size for case in found} == {512 if "full" in options else 64}
 

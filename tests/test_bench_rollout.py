@@ -253,7 +253,7 @@ def test_the_command_measures_each_row_once(options, variant, shape, dtype, tmp_
     assert float(row["log_prob_drift"]) == 0
     assert row["full_us"] == ""
     bench_rollout.main(arguments)
-    assert "holds the row of this commit already" in capsys.readouterr().out
+    assert "holds all 1 rows of this commit already" in capsys.readouterr().out
 
 
 def test_modes_are_named_in_the_row():

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_sde_step as bench  # noqa: E402
 import bench_update  # noqa: E402
 import harness  # noqa: E402
+import record  # noqa: E402
 import update_setup  # noqa: E402
 from peers import update_loop  # noqa: E402
 
@@ -121,23 +121,34 @@ def test_inputs_rotate_past_the_cache():
 def test_rows_are_appended_under_one_header(tmp_path):
     row = bench.bench(case(), 1.0, graph=False, compile=False, min_seconds=0.0)
     path = tmp_path / "new" / "rows.csv"
-    harness.append(path, row)
-    harness.append(path, row)
+    record.append(path, row)
+    record.append(path, row)
     lines = path.read_text().splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("date,commit,device,threads,")
-    assert set(harness.measured(path)) == {harness.identity(vars(row))}
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="has other columns than this version writes: move it away"):
-        harness.append(path, row)
-    assert path.read_text() == "a,b\n1,2\n"
+    assert record.holds(record.read(path), vars(row))
+    assert not record.holds(record.read(path), vars(row) | {"variant": "another"})
+    assert record.holds(record.read(path), {"commit": row.commit, "op": "sde_step"})
+
+
+def test_files_of_another_version_are_set_aside_and_read(tmp_path, capsys):
+    row = bench.bench(case(), 1.0, graph=False, compile=False, min_seconds=0.0)
+    path = tmp_path / "rows.csv"
+    for n in (1, 2):
+        path.write_text(f"op,device,variant\nolder,cpu,{n}\n")
+        record.append(path, row)
+        assert f"rows.csv has other columns than this version writes: it is rows.{n}.csv now" in capsys.readouterr().out
+    found = [(row["file"], row["op"], row["variant"]) for row in record.read_all(tmp_path, "rows")]
+    assert found == [("rows.1.csv", "older", "1"), ("rows.2.csv", "older", "2"), ("rows.csv", "sde_step", "sample")]
+    (tmp_path / "study.csv").write_text("seed,gain\n1,2\n")
+    assert {row["file"] for row in record.read_all(tmp_path)} == {"rows.1.csv", "rows.2.csv", "rows.csv"}
 
 
 def test_the_command_measures_each_row_once(tmp_path, capsys):
     out = tmp_path / "rows.csv"
     options = "--device cpu --shape 2x33x5 --dtype bf16 --variant replay --variant seed --min-seconds 0 --no-compile"
     bench.main([*options.split(), "--out", str(out)])
-    assert " GB/s read + written" in capsys.readouterr().out
+    assert " GB/s of a copy" in capsys.readouterr().out
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["variant"], row["shape"], row["dtype"], row["timing"]) for row in rows] == [
@@ -230,7 +241,7 @@ def test_the_update_command_measures_each_group_once(tmp_path, capsys, monkeypat
         rows = [(row["variant"], row["shape"], row["dtype"], row["backend"]) for row in csv.DictReader(file)]
     assert rows == [("tiny grpo", "1x4x1x48 by 5", "bf16", name) for name in ("exact", "batched 3", "batched 8")]
     bench_update.main(arguments)
-    assert "holds all 1 groups of this commit already" in capsys.readouterr().out
+    assert "holds all 1 rows of this commit already" in capsys.readouterr().out
 
 
 def test_the_full_size_is_a_512_pixel_edit_of_one_group():
@@ -251,13 +262,6 @@ def test_the_gpu_session_needs_a_gpu(tmp_path):
     assert session.returncode == 1
     assert "sees no CUDA GPU through torch: nothing was run" in session.stderr
     assert not out.exists()
-
-
-def test_the_gpu_session_names_files_that_exist():
-    script = (BENCHMARKS / "gpu_session.sh").read_text()
-    named = set(re.findall(r"(?:tests|benchmarks)/\w+\.py", script))
-    assert len(named) >= 5
-    assert all((BENCHMARKS.parent / path).is_file() for path in named)
 
 
 @pytest.fixture
@@ -282,9 +286,10 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_command_lists_the_benches(command):
-    listed = CliRunner().invoke(command, ["bench"]).output.split()
-    assert listed == sorted(path.stem[len("bench_") :] for path in BENCHMARKS.glob("bench_*.py"))
-    assert "rollout" in listed
+    lines = dict(line.split(": ") for line in CliRunner().invoke(command, ["bench"]).output.splitlines())
+    assert lines["benches"].split() == sorted(path.stem[len("bench_") :] for path in BENCHMARKS.glob("bench_*.py"))
+    assert "rollout" in lines["suites"].split()
+    assert lines["results"] == "report tables"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--size", "1024", "value"], ["--help"], ["-x", "--", "y"]])
@@ -298,7 +303,7 @@ def test_the_command_hands_everything_after_the_name_to_the_bench(command, folde
 
 
 def test_the_command_says_what_is_missing(command, folder, monkeypatch):
-    with pytest.raises(ValueError, match=r"^bench: expected one of one, two, got 'three'"):
+    with pytest.raises(ValueError, match=r"^bench: expected one of ops, .*, all, one, two, report, tables, got 'th"):
         CliRunner().invoke(command, ["bench", "three"], catch_exceptions=False)
     with pytest.raises(ImportError, match=r"^bench two: .*no_such_module_anywhere.*; pip install -e '\.\[dev\]'"):
         cli_bench.run_bench("two", [])
@@ -306,6 +311,25 @@ def test_the_command_says_what_is_missing(command, folder, monkeypatch):
     for arguments in (["bench"], ["bench", "one"]):
         with pytest.raises(FileNotFoundError, match="nowhere: they are not part of the installed package"):
             CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("all --list", "suites.py all --list"),
+        ("rollout", "suites.py rollout"),
+        ("rollout --device cuda --results=here --fresh", "suites.py rollout --device cuda --results=here --fresh"),
+        ("rollout --editor klein --device cpu", "bench_rollout.py --editor klein --device cpu"),
+        ("rollout --help", "bench_rollout.py --help"),
+        ("ops --help", "suites.py ops --help"),
+        ("sde_step --device cpu", "bench_sde_step.py --device cpu"),
+        ("report --compare a b", "report.py --compare a b"),
+        ("tables --check README.md", "tables.py --check README.md"),
+    ],
+)
+def test_a_name_is_a_suite_where_all_options_are_a_suites(arguments, expected):
+    name, *rest = arguments.split()
+    assert " ".join(cli_bench.script(name, rest)) == expected
 
 
 def test_the_commands_own_help_comes_before_the_name(command):
