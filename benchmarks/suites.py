@@ -28,7 +28,7 @@ import torch
 from command import as_device, default_device
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export")
+SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export", "plan")
 MODELS = ("diffusers", "transformers", "pydantic")
 LEAST_SECONDS = 20  # a step is not begun with less
 
@@ -135,6 +135,7 @@ STEPS = (
     ),
     Step("iteration", "iteration", "", "cpu", 2, 900, "iteration"),
     Step("iteration", "iteration", "--objective grpo", "cpu", 2, 600, "iteration"),
+    Step("plan", "plan", "", "cpu", 2, 600, "plan"),
     Step("onestep", "onestep", "", "cpu", 2, 600, "onestep"),
     Step("update", "update", "", "cpu", 3, 600, "update"),
     Step("judge", "judge", "", "cpu", 2, 300, "judge"),
@@ -159,6 +160,7 @@ TESTS = {
     "update": "rollout adapters update",
     "iteration": "bench_iteration",
     "consistency": "consistency",
+    "plan": "plan",
     "judge": "judge_huggingface",
     "onestep": "bench_onestep onestep_sampling onestep_writers",
 }

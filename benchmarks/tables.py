@@ -81,6 +81,17 @@ TABLES = {
             "largest Δ log-prob": ("log_prob_drift", plain),
         }
     ),
+    "plan": Table(
+        {
+            "predicted": ("predicted_s", seconds),
+            "measured": ("measured_s", seconds),
+            "apart": ("error_percent", partial(scaled, " %", 1.0, "+.1f")),
+            "update's memory, predicted": ("predicted_update_bytes", mib),
+            "found": ("update_bytes", mib),
+            "apart by": ("error_bytes_percent", partial(scaled, " %", 1.0, "+.1f")),
+        },
+        ("variant",),
+    ),
     "judge": Table(
         {
             "trajectories/s": ("trajectories_per_s", plain),

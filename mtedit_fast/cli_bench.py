@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export", "all")
+SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export", "plan", "all")
 SUITE_OPTIONS = {"--device", "--results", "--list", "--fresh", "--tests", "--time-limit"}
 READERS = {"report": "report.py", "tables": "tables.py"}
 

@@ -87,9 +87,10 @@ class _Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
-def peak_bytes(forward: Callable[[], Any]) -> int:
-    """The most bytes of tensors made by `forward()` that were alive at once, without gradient, on any device."""
-    with torch.no_grad(), _Live() as live:
+def peak_bytes(forward: Callable[[], Any], *, grad: bool = False) -> int:
+    """The most bytes of tensors made by `forward()` that were alive at once, on any device; with `grad` it may call
+    backward."""
+    with torch.set_grad_enabled(grad), _Live() as live:
         forward()
     return live.peak
 
