@@ -2,9 +2,9 @@
 
 mtedit-fast bench plan                  the playground's editor on a CPU, one change of the configuration after another
 
-One probe of one group at the first configuration gives the device's rates; every row is predicted from them and its own
-count of operations. Memory: what the update's graph and its largest block take by shapes, beside the most bytes of
-tensors that an update makes.
+A probe of two groups at the first configuration, and another at another size, gives the device's rates; every row is
+predicted from them and its own count of operations. Memory: what the update's graph and its largest block take by
+shapes, beside the most bytes of tensors that an update makes.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from typing import Any
 
 import command
 import record
+from torch import Tensor
 
+from mtedit_fast.rewards import RewardBatch
 from mtedit_fast.training import plan as planner
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.config_file import load_config
@@ -37,9 +39,16 @@ CHANGES = {
     "group of 16": ("rollout.group_size=16", "rollout.micro_batch=8"),
     "3 turns": ("rollout.turns=3",),
     "8 steps": ("rollout.num_steps=8", "objective.draws=3"),
-    "128 x 128": ("data.resolution=128", "rewards.1.weight=0.0"),
+    "128 x 128": (
+        "data.resolution=128",
+        "rewards.0.path=bench_plan:brightness",
+        "rewards.0.range=null",
+        "rewards.1.path=bench_plan:brightness",
+    ),
     "grpo": ("objective.name=grpo", "objective.draws=1", "rollout.variant=sde"),
 }
+OWN_PROBE = ("128 x 128",)
+"""What a device reaches depends on the number of tokens."""
 CHAINS = 8
 
 
@@ -63,6 +72,11 @@ class Row(record.Line):
     repetitions: int
 
 
+def brightness(batch: RewardBatch) -> Tensor:
+    """For sizes that the oracle cannot read."""
+    return batch.edits.mean((2, 3, 4))
+
+
 def settings(folder: Path, change: str) -> TrainConfig:
     where = [f"data.path={folder / 'train.jsonl'}", "evaluation.path=null", f"run.output_dir={folder / 'run'}"]
     return load_config(CONFIG, [*BASE, *CHANGES[change], *where])
@@ -81,8 +95,8 @@ def data() -> Path:
 
 
 @cache
-def rates() -> planner.Rates:
-    return planner.probe(settings(data(), "base"), repetitions=5)
+def rates(change: str) -> planner.Rates:
+    return planner.probe(settings(data(), change), repetitions=5)
 
 
 def update_bytes(trainer: Trainer) -> int:
@@ -96,7 +110,8 @@ def update_bytes(trainer: Trainer) -> int:
 
 def bench(columns: dict[str, Any], change: str, repetitions: int) -> Row:
     config = settings(data(), change)
-    predicted = planner.plan(config, 1, rates())
+    probed = change if change in OWN_PROBE else "base"
+    predicted = planner.plan(config, 1, rates(probed))
     trainer = trainer_of(config)
     calls = [trainer.step() for _ in range(repetitions + 1)][1:]
     measured = {phase: median(call[f"seconds/{phase}"] for call in calls) for phase in predicted.seconds}
@@ -104,7 +119,7 @@ def bench(columns: dict[str, Any], change: str, repetitions: int) -> Row:
     found = update_bytes(trainer)
     return Row(
         **columns,
-        probe="one group of base",
+        probe=f"two groups of {probed}",
         predicted_s=round(predicted.iteration, 4),
         measured_s=round(total, 4),
         error_percent=round(100 * (predicted.iteration / total - 1), 1),

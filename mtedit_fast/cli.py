@@ -85,16 +85,18 @@ def plan(
         typer.Option(help="number and kind, e.g. 8xH100: A100, H100, H200, B200; default: this machine, as --probe"),
     ] = None,
     utilisation: Annotated[float, typer.Option(help="share of the data sheet's rate that is assumed")] = 0.4,
-    reward_seconds: Annotated[float, typer.Option(help="that the rewards of one image take on one GPU")] = 0.0,
+    reward_seconds: Annotated[
+        float, typer.Option(help="that the rewards of one image take on the GPU that samples")
+    ] = 0.0,
     kept: Annotated[
         float, typer.Option(help="part of the trajectories that filters leave; metric advantage/kept")
     ] = 1.0,
-    probe: Annotated[bool, typer.Option("--probe", help="measure an iteration of one group here first")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="measure iterations of two groups here first")] = False,
 ) -> None:
     """Predict what a run takes before it starts: seconds per iteration by phase, memory, GPU hours.
 
     Operations are counted from the configuration, on no device. What a GPU makes of them is assumed (--utilisation)
-    unless it is measured: on a machine of the kind the run is for, --probe loads the model and runs one group.
+    unless it is measured: on a machine of the kind the run is for, --probe loads the model and runs two groups.
     """
     from mtedit_fast.training import plan as planner
     from mtedit_fast.training.config_file import load_config

@@ -2,6 +2,7 @@
 parts."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import flops
 
 CONFIGS = Path(module.__file__).parent / "configs"
-RATES = planner.Rates(rollout=2e9, update=1e9, reward=0.0, source="a test")
+RATES = planner.Rates(encode=4e9, denoise=2e9, decode=1e9, update=1e9, reward=0.0, beside=0.0, source="a test")
 
 
 @pytest.fixture
@@ -79,13 +80,17 @@ def test_work_follows_the_configuration(config, tmp_path):
     again = planner.count(tiny_config(tmp_path, checkpointed)).phases["update"]
     assert 1.2 * whole.phases["update"] < again < 1.6 * whole.phases["update"]
     chain = planner.count(tiny_config(tmp_path, ["rollout.groups_per_iteration=4", "rollout.latent_chain=true"]))
-    assert chain.rollout["references"] < whole.rollout["references"] / 3
+    assert chain.rollout["encode"] < whole.rollout["encode"] / 3
 
 
 def test_times_are_work_over_rates(config):
     result = planner.plan(config, 2, RATES)
-    work = planner.count(config, 2).phases
-    assert result.seconds == {"rollout": work["rollout"] / 2e9, "reward": 0.0, "update": work["update"] / 1e9}
+    work = planner.count(config, 2)
+    assert result.seconds["rollout"] == pytest.approx(
+        work.rollout["encode"] / 4e9 + work.rollout["denoise"] / 2e9 + work.rollout["decode"] / 1e9
+    )
+    assert result.seconds["reward"] == 0
+    assert result.seconds["update"] == work.phases["update"] / 1e9
     assert result.gpu_hours == pytest.approx(sum(result.seconds.values()) * config.run.iterations * 2 / 3600)
     assert result.memory.total == estimate(config, 2).total
     assert result.fits
@@ -93,18 +98,28 @@ def test_times_are_work_over_rates(config):
 
 
 def test_rewards_are_waited_for_where_they_are_slower(config):
-    rollout = planner.plan(config, 1, RATES).seconds["rollout"]
-    quick, slow = (planner.Rates(2e9, 1e9, share * rollout, "") for share in (0.1, 1.0))
-    assert planner.plan(config, 1, quick).seconds["reward"] == pytest.approx(0.1 * rollout)  # the last group's
-    assert planner.plan(config, 1, slow).seconds["reward"] == pytest.approx((1 + 3 * 0.75) * rollout)
+    rollout, images = planner.plan(config, 1, RATES).seconds["rollout"], 4 * 2
+
+    def seconds(reward, beside):
+        rates = replace(RATES, reward=reward * rollout / images, beside=beside * rollout / images)
+        return planner.plan(config, 1, rates).seconds
+
+    quick, slow, same = seconds(0.1, 0.0), seconds(1.0, 0.25), seconds(0.1, 0.1)
+    assert quick["reward"] == pytest.approx(0.1 * rollout)  # the last group's
+    assert quick["rollout"] == pytest.approx(rollout)
+    assert slow["reward"] == pytest.approx((1 + 3 * (1 - 0.25 - 0.25)) * rollout)
+    assert slow["rollout"] == pytest.approx(1.75 * rollout)
+    assert same["rollout"] + same["reward"] == pytest.approx(1.4 * rollout)  # nothing is hidden
 
 
 def test_assumed_rates(config, tmp_path):
     h100, a100 = planner.GPUS["h100"], planner.GPUS["a100"]
     rates = planner.assumed_rates(config, h100, utilisation=0.5, reward_seconds=0.25)
-    assert (rates.rollout, rates.update, rates.reward) == (989e12 / 2, 989e12 / 2, 0.25 * 4 * 2)
+    assert {rates.encode, rates.denoise, rates.decode, rates.update} == {989e12 / 2}
+    assert rates.reward == rates.beside == 0.25
     eight = config.model_copy(update={"rollout": config.rollout.model_copy(update={"precision": "fp8"})})
-    assert planner.assumed_rates(eight, h100).rollout == 0.4 * 1979e12
+    assert planner.assumed_rates(eight, h100).denoise == 0.4 * 1979e12
+    assert planner.assumed_rates(eight, h100).decode == 0.4 * 989e12
     with pytest.raises(ValueError, match=r"rollout.precision: A100 80 GB has no fp8"):
         planner.assumed_rates(eight, a100)
     for bad in ({"utilisation": 0.0}, {"utilisation": 1.5}, {"reward_seconds": -1.0}):
@@ -117,11 +132,11 @@ def test_a_probe_predicts_itself(tmp_path):
     small = ["rollout.turns=1", "rollout.max_sequence_length=12", "data.resolution=64", "rollout.guidance_scale=1.0"]
     config = tiny_config(tmp_path, small)
     rates = planner.probe(config, repetitions=1)
-    assert min(rates.rollout, rates.update) > 1e6
-    assert rates.reward >= 0
+    assert min(rates.encode, rates.denoise, rates.decode, rates.update) > 1e6
+    assert min(rates.reward, rates.beside) >= 0
     one = planner.plan(config.model_copy(update={"rollout": config.rollout.model_copy(
         update={"groups_per_iteration": 1})}), 1, rates)  # fmt: skip
-    assert one.seconds["reward"] == rates.reward
+    assert one.seconds["reward"] == pytest.approx(rates.reward * 4)
     assert planner.plan(config, 1, rates).seconds["update"] == pytest.approx(2 * one.seconds["update"])
     assert not (tmp_path / "run").exists()
 

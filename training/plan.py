@@ -58,6 +58,7 @@ class Work:
     """
 
     rollout: dict[str, float]
+    """encode: texts and references; denoise; decode."""
     update: dict[str, float]
     forward: float
 
@@ -68,14 +69,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches on this configuration.
+    """What a device reaches.
 
-    rollout, update: FLOP/s. reward: seconds that the rewards of one group take. source: where that comes from.
+    encode, denoise, decode, update: FLOP/s. reward: seconds that the rewards of an image take; beside: seconds by which
+    scoring an image holds up the sampling that goes on meanwhile. source: where that comes from.
     """
 
-    rollout: float
+    encode: float
+    denoise: float
+    decode: float
     update: float
     reward: float
+    beside: float
     source: str
 
 
@@ -122,8 +127,8 @@ class Plan:
 def plan(config: TrainConfig, gpus: int, rates: Rates, *, kept: float = 1.0, gpu: Gpu | None = None) -> Plan:
     """Predict time and memory of `config` on `gpus` devices of those rates.
 
-    A GPU's rewards are scored while it samples, group by group: what is waited for are the last group's, and what they
-    take longer than sampling does.
+    Rewards are scored while sampling goes on, group by group: they hold it up, and what is waited for are the last
+    group's, and what the others take longer than sampling.
 
     Args:
         kept: part of the trajectories that the filters leave to learn from.
@@ -135,10 +140,14 @@ def plan(config: TrainConfig, gpus: int, rates: Rates, *, kept: float = 1.0, gpu
     if not 0 < kept <= 1:
         raise ValueError(f"kept: expected a share in (0, 1], got {kept}")
     memory, work = estimate(config, gpus), count(config, gpus, kept=kept)
-    rollout, update = work.phases["rollout"] / rates.rollout, work.phases["update"] / rates.update
-    groups = _groups(config, gpus)
-    waited = rates.reward + max(0.0, (groups - 1) * (rates.reward - rollout / groups))
-    seconds = {"rollout": rollout, "reward": waited, "update": update}
+    groups, images = _groups(config, gpus), config.rollout.group_size * config.rollout.turns
+    sampling = sum(flops / getattr(rates, part) for part, flops in work.rollout.items())
+    reward, beside = rates.reward * images, rates.beside * images
+    seconds = {
+        "rollout": sampling + (groups - 1) * beside,
+        "reward": reward + (groups - 1) * max(0.0, reward - beside - sampling / groups),
+        "update": work.phases["update"] / rates.update,
+    }
     return Plan(seconds, work, memory, rates, gpus, config.run.iterations, None if gpu is None else gpu.memory)
 
 
@@ -147,7 +156,7 @@ def assumed_rates(
 ) -> Rates:
     """`utilisation` of what the data sheet promises; sampling in fp8 at the rate of that.
 
-    reward_seconds: of one image.
+    reward_seconds: of one image, on the same device, so that sampling is held up by as much.
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation: expected a share in (0, 1], got {utilisation}")
@@ -159,16 +168,20 @@ def assumed_rates(
             raise ValueError(f"rollout.precision: {gpu.name} has no fp8; expected another GPU or null, got 'fp8'")
         sampling = gpu.fp8
     return Rates(
-        rollout=sampling * utilisation,
+        encode=gpu.bf16 * utilisation,
+        denoise=sampling * utilisation,
+        decode=gpu.bf16 * utilisation,
         update=gpu.bf16 * utilisation,
-        reward=reward_seconds * config.rollout.group_size * config.rollout.turns,
+        reward=reward_seconds,
+        beside=reward_seconds,
         source=f"{gpu.name}, {utilisation:.0%} of its data sheet's rate assumed"
         + ("" if reward_seconds else ", rewards left out"),
     )
 
 
 def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
-    """The rates of this device: an iteration of one group of `config`, the median of `repetitions` after a first.
+    """The rates of this device: iterations of two groups of `config` and rollouts of one, medians of `repetitions`
+    after a first. Their difference is what scoring a group costs the sampling of the next.
 
     Loads the model and the rewards as training does, and writes nothing that stays.
     """
@@ -180,26 +193,36 @@ def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        one = _one_group(config, folder)
-        chains = EditChains(one.data.path, turns=one.rollout.turns, resolution=one.data.size, seed=one.run.seed)
-        trainer = Trainer(load_editor(one, device), chains, one)
-        calls = [trainer.step() for _ in range(repetitions + 1)][1:]
-    seconds = {phase: median(call[f"seconds/{phase}"] for call in calls) for phase in ("rollout", "reward", "update")}
-    work = count(one, 1).phases
+        two = _two_groups(config, folder)
+        chains = EditChains(two.data.path, turns=two.rollout.turns, resolution=two.data.size, seed=two.run.seed)
+        trainer = Trainer(load_editor(two, device), chains, two)
+        record = chains[chains.draw(0, 1)[0]]
+        alone, calls = [], []
+        for _ in range(repetitions + 1):
+            trainer.sample([record], iteration=0)
+            alone.append(trainer.timer.seconds())
+            calls.append(trainer.step())
+    seconds = {
+        phase: median(call[f"seconds/{phase}"] for call in calls[1:]) for phase in ("rollout", "reward", "update")
+    }
+    work = count(two)
+    parts = {part: median(each[part] for each in alone[1:]) for part in ("rollout", *work.rollout)}
+    images = two.rollout.group_size * two.rollout.turns
     name = torch.cuda.get_device_name() if device == "cuda" else "this CPU"
     return Rates(
-        work["rollout"] / seconds["rollout"],
-        work["update"] / seconds["update"],
-        seconds["reward"],
-        f"{name}, measured on one group",
+        **{part: flops / 2 / parts[part] for part, flops in work.rollout.items()},
+        update=work.phases["update"] / seconds["update"],
+        reward=seconds["reward"] / images,
+        beside=max(0.0, seconds["rollout"] - 2 * parts["rollout"]) / images,
+        source=f"{name}, measured on two groups",
     )
 
 
-def _one_group(config: TrainConfig, folder: str) -> TrainConfig:
+def _two_groups(config: TrainConfig, folder: str) -> TrainConfig:
     """Of which every trajectory is learned from."""
     return config.model_copy(
         update={
-            "rollout": config.rollout.model_copy(update={"groups_per_iteration": 1}),
+            "rollout": config.rollout.model_copy(update={"groups_per_iteration": 2}),
             "advantage": config.advantage.model_copy(update={"filter": "none"}),
             "run": config.run.model_copy(update={"output_dir": folder}),
         }
@@ -222,9 +245,8 @@ def count(config: TrainConfig, gpus: int = 1, *, kept: float = 1.0) -> Work:
     samples = rows * kept * turns * _learned(config)
     size = describe(model_path(config)).text_parameters
     sampling = {
-        "text": 2.0 * size * unit["text_tokens"] * texts,
-        "references": unit["encode"] * images + unit["condition"] * (groups + later),
-        "denoise": unit["forward"] * rows * turns * rollout.num_steps,
+        "encode": 2.0 * size * unit["text_tokens"] * texts + unit["encode"] * images,
+        "denoise": unit["forward"] * rows * turns * rollout.num_steps + unit["condition"] * (groups + later),
         "decode": unit["decode"] * rows * turns,
     }
     update = {"with gradient": unit["trained"] * samples}
