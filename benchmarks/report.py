@@ -193,6 +193,25 @@ def utilisation(theme: Theme, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def predictions(theme: Theme, rows: Sequence[Row]) -> Figure:
+    """Seconds that the planner predicts over those an iteration took, by phase, and 15 % to either side."""
+    figure, (axis,) = new_axes(theme, 9, 4)
+    for (phase, marker), colour in zip({"rollout": "o", "update": "^"}.items(), theme.cycle, strict=False):
+        x, y = ([float(row[f"{side}{phase}_s"]) for row in rows] for side in ("", "predicted_"))
+        axis.scatter(x, y, s=20, color=colour, marker=marker, label=phase)
+    x, y = ([float(row[f"{side}_s"]) for row in rows] for side in ("measured", "predicted"))
+    axis.scatter(x, y, s=30, color=theme.cycle[2], marker="s", label="iteration")
+    for at, height, row in zip(x, y, rows, strict=True):
+        axis.text(at, height, f"  {row['variant']}", color=theme.text, fontsize=7, va="top")
+    ends = [0.0, 1.1 * max(x + y)]
+    for factor, style in ((1.0, "-"), (0.85, ":"), (1.15, ":")):
+        axis.plot(ends, [factor * end for end in ends], color=theme.text, linewidth=1, linestyle=style)
+    axis.set_xlabel("measured, s", color=theme.text, fontsize=9)
+    axis.set_ylabel("predicted, s", color=theme.text, fontsize=9)
+    add_legend(axis, theme, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     def row(cells: Sequence[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
@@ -247,6 +266,10 @@ def _device_sections(device: str, rows: Sequence[Row], marks: Mapping[str, str])
     if ops:
         drawn = picture(partial(roofline, rows=ops, products=matrix_products(rows)), "roofline")
         made.append(section(f"Roofline of single ops · {device}", drawn))
+    planned = [row for row in rows if row.get("predicted_s")]
+    if planned:
+        drawn = picture(partial(predictions, rows=planned), "what the planner predicts, and what an iteration takes")
+        made.append(section(f"Predicted and measured · {device}", drawn, "Dotted: 15 % to either side."))
     models = [row for row in rows if row.get("percent_of_matmul")]
     if models:
         note = "Of what a large matrix product of the dtype reached in the same run, over the whole of the time."

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,12 @@ def test_figures_show_what_the_rows_say():
     (low, high) = axis.lines[0].get_xydata()
     assert low[1] / low[0] == high[1] / high[0] == 0.2
     assert list(axis.lines[1].get_ydata()) == [3.0, 3.0]
+    seconds = {
+        f"{side}{phase}_s": i for i, (side, phase) in enumerate(product(("", "predicted_"), ("rollout", "update")))
+    }
+    axis = report.predictions(LIGHT, [row(**seconds, measured_s=4.0, predicted_s=5.0)]).axes[0]
+    assert [list(points.get_offsets()[0]) for points in axis.collections] == [[0, 2], [1, 3], [4, 5]]
+    assert [line.get_ydata()[1] / line.get_xdata()[1] for line in axis.lines] == [1, 0.85, 1.15]
     products = report.matrix_products([row(matmul_tflop_per_s=0.7), row(matmul_gflop_per_s=900), row()])
     assert products == {"fp32": 900.0}
 
