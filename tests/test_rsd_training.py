@@ -149,6 +149,7 @@ def test_seeds_and_options_change_the_weights(tmp_path):
         "as it is": "run.seed=0", "seed": "run.seed=1", "data": "data.seed=1", "levels": "teacher.p_mean=0.0",
         "spread": "teacher.p_std=0.5", "rate": "teacher.lr=1e-4", "average": "teacher.ema_kimg=0.0",
         "clipped": "run.max_grad_norm=0.01", "warm": "teacher.warmup=0",
+        "cooling": "teacher.lr_schedule=linear",
     }.items():  # fmt: skip
         settings = config(tmp_path / name, NOISE, "teacher.steps=2", override)
         seen[name] = torch.cat([value.flatten() for value in weights(train_teacher(settings)).values()])
@@ -169,6 +170,7 @@ def test_options_of_distillation_change_the_student(tmp_path):
         "betas": ("distill.generator_betas=[0.0, 0.9]",), "ramp": ("distill.ema_ramp=0.5",),
         "fake": ("distill.lr=1e-2",), "fake betas": ("distill.betas=[0.9, 0.9]",),
         "further": ("teacher.further=0.5",), "loss_on": ("teacher.loss_on=further",),
+        "cooling, with betas": ("distill.lr_schedule=linear",),
     }.items():  # fmt: skip
         changed = config(tmp_path / name, INPAINTING, f"distill.steps={1 + ('betas' in name)}", *overrides)
         path = distill(changed, teacher=teacher)
@@ -177,6 +179,18 @@ def test_options_of_distillation_change_the_student(tmp_path):
     names = list(seen)
     for i, a in enumerate(names):
         assert not any(seen[a].equal(seen[b]) for b in names[:i]), a
+
+
+def test_learning_rates_by_step(tmp_path):
+    """Warm-up of 2 steps and a linear fall over 4, of a teacher; the fall alone of a student's two optimizers."""
+    settings = config(tmp_path, NOISE, "teacher.lr_schedule=linear", "distill.lr_schedule=linear")
+    data = load_data(settings.data, settings.corruption.build())
+    rates = [metrics["learning_rate"] for metrics in TeacherLoop(settings, data).fit()]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3 * 0.75, 1e-3 * 0.5, 1e-3 * 0.25])
+    student, seen = StudentLoop(settings, data, train_teacher(settings, data=data)), []
+    for _ in student.fit():
+        seen += [group["lr"] for each in student.optimizers.values() for group in each.param_groups]
+    assert seen == pytest.approx([1e-4 * left for left in (1.0, 0.75, 0.5, 0.25) for _ in range(2)])
 
 
 def test_training_continues_a_given_network(tmp_path):

@@ -13,6 +13,7 @@ from mtedit_fast.onestep import Corruption
 from mtedit_fast.training.config import Section
 from mtedit_fast.training.config_file import read_config
 
+Schedule = Literal["constant", "linear"]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 
 
@@ -70,6 +71,7 @@ class TeacherConfig(Section):
     batch: int = Field(default=256, ge=1)
     lr: float = Field(default=2e-4, gt=0)
     warmup: int = Field(default=1000, ge=0, description="steps over which the learning rate rises from 0")
+    lr_schedule: Schedule = Field(default="constant", description="after that; linear falls to 0 over the steps")
     p_mean: float = Field(default=-1.2, description="σ = exp(p_mean + p_std · normal)")
     p_std: float = Field(default=1.2, gt=0)
     further: float | None = Field(
@@ -89,6 +91,7 @@ class DistillConfig(Section):
     batch: int = Field(default=512, ge=1)
     lr: float = Field(default=1e-5, gt=0, description="of the fake score")
     generator_lr: float = Field(default=1e-5, gt=0)
+    lr_schedule: Schedule = Field(default="constant", description="of both; linear falls to 0 over the steps")
     betas: Betas = Field(default=[0.0, 0.999], description="Adam's, of the fake score")
     generator_betas: Betas = Field(default=[0.9, 0.999])
     alpha: float = Field(

@@ -61,6 +61,8 @@ class StudentLoop(Loop):
     def step(self) -> dict[str, float]:
         settings = self.config.distill
         metrics: dict[str, float] = {}
+        self.set_rate("fake", settings.lr, settings.lr_schedule)
+        self.set_rate("generator", settings.generator_lr, settings.lr_schedule)
         if settings.method != "sds":
             metrics |= self.update("fake", self._fake_losses, Part.FAKE)
         metrics |= self.update("generator", self._generator_losses, Part.GENERATOR, LOSS_SCALE)

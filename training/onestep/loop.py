@@ -146,6 +146,15 @@ class Loop:
             f"{name}/loss": everyone[0].item(), f"{name}/grad_norm": norm.item(), f"{name}/dropped": float(dropped),
         }  # fmt: skip
 
+    def set_rate(self, name: str, peak: float, schedule: str, warmup: int = 0) -> float:
+        """The optimizer's learning rate at this step: a function of the step alone, so that nothing has to be saved."""
+        rate = peak * min(1.0, (self.iteration + 1) / (warmup + 1))
+        if schedule == "linear":
+            rate *= 1 - self.iteration / self.steps
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = rate
+        return rate
+
     def _count_skipped(self, taken: bool, name: str) -> None:
         self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.config.run.max_skipped:

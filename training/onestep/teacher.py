@@ -28,9 +28,7 @@ class TeacherLoop(Loop):
 
     def step(self) -> dict[str, float]:
         settings = self.config.teacher
-        rate = settings.lr * min(1.0, (self.iteration + 1) / (settings.warmup + 1))
-        for group in self.optimizers["teacher"].param_groups:
-            group["lr"] = rate
+        rate = self.set_rate("teacher", settings.lr, settings.lr_schedule, settings.warmup)
         metrics = self.update("teacher", self._losses, Part.TEACHER)
         self.update_average(self.denoiser, settings.ema_kimg, ramp=0.05)
         return {**metrics, "learning_rate": rate}
