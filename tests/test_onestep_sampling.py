@@ -111,6 +111,9 @@ def test_a_network_of_patches_is_saved_and_drawn_from(tmp_path):
     save_denoiser(tmp_path, model, Corruption(), {"sigma_init": 2.5, "shape": [3, 16, 16]})
     loaded, seed = load_denoiser(tmp_path), image_seeds(0, torch.arange(2))
     assert loaded.denoiser.patch == 2
+    again = save_denoiser(tmp_path / "again", loaded.denoiser, loaded.corruption, loaded.card)
+    for name in ("config.json", "onestep.json"):  # no trace of the folder it was read from
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
     latents = 2.5 * seeded_noise(seed, (3, 16, 16), Stream.LATENT)
     with torch.no_grad():
         wanted = model(latents, torch.tensor(2.5))

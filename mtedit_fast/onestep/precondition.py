@@ -127,6 +127,9 @@ def save_denoiser(
     folder = Path(folder)
     network: Any = denoiser.network
     network.save_pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where it was read from, which is nobody else's
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     described = {
         "sigma_data": denoiser.sigma_data,
         "patch": denoiser.patch,
