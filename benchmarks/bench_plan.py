@@ -50,6 +50,7 @@ CHANGES = {
 OWN_PROBE = ("128 x 128",)
 """What a device reaches depends on the number of tokens."""
 CHAINS = 8
+FOLDER = tempfile.TemporaryDirectory()  # gone with the process
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 @cache
 def data() -> Path:
-    folder = Path(tempfile.mkdtemp())
-    write_dataset(folder, CHAINS, turns=3)
+    write_dataset(folder := Path(FOLDER.name), CHAINS, turns=3)
     return folder
 
 

@@ -173,7 +173,8 @@ def playground_build(
     seed: Annotated[int, typer.Option(help="of every stage")] = 0,
     fresh: Annotated[bool, typer.Option(help="start over instead of resuming from runs/playground")] = False,
 ) -> None:
-    """Train the playground's weights from nothing: VAE, editor, DINO, judge. A stopped build resumes."""
+    """Train the playground's weights from nothing: VAE, editor, DINO, judge, prior. A stopped build
+    resumes."""
     from mtedit_fast.training.playground.build import WEIGHTS, build
 
     build(output or WEIGHTS, seed=seed, resume=not fresh)

@@ -208,9 +208,9 @@ def _score(
     seed: int,
 ) -> list[Scored]:
     from mtedit_fast.judge import HuggingFaceJudge, ImageSpec, ServedJudge, ServedJudgeError
+    from mtedit_fast.progress import progress_bar
     from mtedit_fast.training.judge.batch import Packer
     from mtedit_fast.training.judge.evaluation import predict, predict_with
-    from mtedit_fast.training.progress import progress_bar
 
     examples = data.examples[:limit]
     written: dict[str, Any] = {"samples": samples, "max_new_tokens": max_new_tokens}

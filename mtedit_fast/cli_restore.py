@@ -71,7 +71,7 @@ def restore(
     from mtedit_fast.inference_time.problems import as_picture, psnr, recommended
     from mtedit_fast.onestep import Stream, image_seeds
     from mtedit_fast.ops import seeded_noise
-    from mtedit_fast.training.progress import progress_bar
+    from mtedit_fast.progress import progress_bar
 
     console = Console()
     if problem not in PROBLEMS:

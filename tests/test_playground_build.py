@@ -13,6 +13,7 @@ from diffusers import FluxKontextPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from mtedit_fast.onestep import load_denoiser
 from mtedit_fast.training.playground import evaluate, models, oracle
 from mtedit_fast.training.playground.build import Recipe, build
 from mtedit_fast.training.playground.data import split_chains
@@ -29,6 +30,7 @@ TINY = Recipe(
     judge_steps=2,
     judge_batch=2,
     judge_chains=(2, 2),
+    prior_steps=2,
     save_every=2,
     evaluate_chains=2,
 )
@@ -206,8 +208,21 @@ def test_a_killed_build_resumes_to_the_same_weights(tmp_path):
     assert str(tmp_path) not in (out / "pipeline" / "model_index.json").read_text()
 
 
+def test_a_prior_goes_on_and_is_saved_in_bf16(tmp_path):
+    folder = build(tmp_path / "a", stages=("prior",), work_dir=tmp_path / "work", recipe=TINY) / "rsd/clean/teacher"
+    once = load_denoiser(folder, dtype=torch.bfloat16)
+    assert once.card["steps"] == 2
+    assert not once.corruption.random
+    again = build(tmp_path / "b", stages=("prior",), work_dir=tmp_path / "work", recipe=TINY) / "rsd/clean/teacher"
+    anew = build(tmp_path / "c", 1, ("prior",), False, work_dir=tmp_path / "work", recipe=TINY) / "rsd/clean/teacher"
+    for path, same in ((again, True), (anew, False)):
+        other = load_denoiser(path, dtype=torch.bfloat16).denoiser.state_dict()
+        assert all(value.equal(other[name]) for name, value in once.denoiser.state_dict().items()) == same
+    assert (folder / "config.json").read_text() == (models.WEIGHTS / "rsd/clean/teacher/config.json").read_text()
+
+
 def test_build_names_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="stages must be among vae, editor, dino, judge, got 'paint'"):
+    with pytest.raises(ValueError, match="stages must be among vae, editor, dino, judge, prior, got 'paint'"):
         build(tmp_path, stages=("vae", "paint"), work_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match="run the vae stage first"):
         build(tmp_path, stages=("editor",), work_dir=tmp_path / "empty")

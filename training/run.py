@@ -16,13 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mtedit_fast.editors import EDITORS, Editor, KontextEditor
+from mtedit_fast.progress import progress_bar
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.dtypes import DTYPES
 from mtedit_fast.training.evaluation import Evaluation
 from mtedit_fast.training.overoptimization import audit
 from mtedit_fast.training.plots import edit_grid
-from mtedit_fast.training.progress import progress_bar
 from mtedit_fast.training.report import read_metrics, success_summary, write_report
 from mtedit_fast.training.trainer import Trainer
 

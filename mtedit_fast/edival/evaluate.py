@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+from mtedit_fast.progress import progress_bar
 
 from .backends import VLM, Detection, Detector, Quality
 from .benchmark import BenchmarkRow, RowError
@@ -98,8 +99,8 @@ def evaluate(
     waiting = [row for row in rows if row.image_index not in done]
     if done:
         console.print(f"{len(done)} of {len(rows)} chains are done already in {path}")
-    with _progress(console) as progress:
-        task = progress.add_task("evaluate", total=len(rows), completed=len(done))
+    with progress_bar(console) as progress:
+        task = progress.add_task("evaluate", total=len(rows), completed=len(done), shown="")
         for start in range(0, len(waiting), config.chains_per_step):
             step = waiting[start : start + config.chains_per_step]
             chains = []
@@ -277,14 +278,3 @@ def _resume(path: Path, head: dict[str, Any]) -> dict[str, ChainScores]:
     path.write_text("".join(lines), encoding="utf-8")
     scores = [ChainScores(**json.loads(line)) for line in lines[1:]]
     return {one.image_index: one for one in scores}
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mtedit_fast.progress import progress_bar
 from mtedit_fast.training.judge.config import JudgeConfig
 from mtedit_fast.training.judge.data import JudgeData
 from mtedit_fast.training.judge.evaluation import summarize, write_predictions
 from mtedit_fast.training.judge.parts import Parts, load_parts
 from mtedit_fast.training.judge.report import KINDS, LABELS, UNREADABLE, write_report
 from mtedit_fast.training.judge.trainer import JudgeTrainer
-from mtedit_fast.training.progress import progress_bar
 
 SHOWN = (
     "loss", "squared_error", "cross_entropy", "accuracy", "valid", "mass", "grad_norm",

@@ -22,13 +22,13 @@ from mtedit_fast.onestep import (
     measure,
     open_writer,
 )
+from mtedit_fast.progress import progress_bar
 from mtedit_fast.training.distributed import process, share
 from mtedit_fast.training.onestep.config import OneStepConfig
 from mtedit_fast.training.onestep.data import CorruptedImages, load_data, read_folder
 from mtedit_fast.training.onestep.distill import StudentLoop
 from mtedit_fast.training.onestep.loop import Loop
 from mtedit_fast.training.onestep.teacher import TeacherLoop
-from mtedit_fast.training.progress import progress_bar
 
 
 def train_teacher(

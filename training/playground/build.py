@@ -1,8 +1,9 @@
-"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor, DINO and judge, each stage resumable."""
+"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor, DINO, judge and prior, each stage resumable."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from rich.console import Console
 
+from mtedit_fast.onestep import load_denoiser, save_denoiser
 from mtedit_fast.training.judge.parts import Parts, save_judge
+from mtedit_fast.training.onestep.config import load_onestep_config
+from mtedit_fast.training.onestep.run import train_teacher
 
 from .dino import train_dino
 from .editor import load_or_encode, train_editor
@@ -23,7 +27,8 @@ from .judge_model import IMAGES, PLAYGROUND_PROMPT, new_judge_model, new_judge_t
 from .models import WEIGHTS, new_dino, new_pipeline, new_vae
 from .vae import measure_latents, train_vae
 
-STAGES = ("vae", "editor", "dino", "judge")
+STAGES = ("vae", "editor", "dino", "judge", "prior")
+PRIOR = Path(__file__).resolve().parents[1] / "configs" / "rsd_clean.yaml"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Recipe:
     judge_steps: int = 2400
     judge_batch: int = 48
     judge_chains: tuple[int, int] = (5000, 6000)  # edited by the editor, drawn with mistakes
+    prior_steps: int = 2400
     save_every: int = 50
     evaluate_chains: int = 400
 
@@ -51,9 +57,10 @@ def build(
     work_dir: str | Path = "runs/playground",
     recipe: Recipe | None = None,
 ) -> Path:
-    """Trains the playground's models and saves them in bf16 to out_dir/pipeline, out_dir/dino, out_dir/judge.
+    """Trains the playground's models and saves them in bf16 to out_dir/pipeline, out_dir/dino, out_dir/judge,
+    out_dir/rsd/clean.
 
-    stages: which of vae, editor, dino, judge to run; the editor needs the VAE of an earlier call with the same
+    stages: which of vae, editor, dino, judge, prior to run; the editor needs the VAE of an earlier call with the same
     work_dir, the judge the editor in out_dir.
     work_dir: checkpoints and encoded triples; a build that was killed goes on from there, with the results of an
     uninterrupted one, unless `resume` is off. Raises ValueError on an unknown stage, FileNotFoundError when the
@@ -133,6 +140,13 @@ def build(
             resume=resume,
         )
         save_judge(out_dir / "judge", Parts(judge.to(torch.bfloat16), tokenizer, IMAGES), PLAYGROUND_PROMPT)
+    if "prior" in stages:
+        folder = work_dir / "prior"
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        settings = [f"run.output_dir={folder}", f"run.seed={seed}", f"teacher.steps={recipe.prior_steps}"]
+        trained = train_teacher(load_onestep_config(PRIOR, settings), console)
+        save_denoiser(out_dir / "rsd" / "clean" / "teacher", *load_denoiser(trained, dtype=torch.bfloat16))
     return out_dir
 
 

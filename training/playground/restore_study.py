@@ -19,8 +19,8 @@ from mtedit_fast.inference_time.keep_mask import KeepMaskSettings, keep_mask_edi
 from mtedit_fast.inference_time.problems import as_picture, plain_reconstruction, psnr, recommended
 from mtedit_fast.onestep import Corruption, Operator, Stream, SuperResolution, image_seeds, load_denoiser, to_uint8
 from mtedit_fast.ops import seeded_noise
+from mtedit_fast.progress import progress_bar
 from mtedit_fast.rollout import sample_seeds, turn_seeds
-from mtedit_fast.training.progress import progress_bar
 from mtedit_fast.training.rewards import RewardBatch
 
 from . import oracle

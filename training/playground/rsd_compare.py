@@ -19,9 +19,7 @@ from mtedit_fast.onestep import (
     Features,
     FeatureStatistics,
     frechet_distance,
-    load_denoiser,
     measure,
-    save_denoiser,
     to_uint8,
 )
 from mtedit_fast.training.onestep.config import OneStepConfig, load_onestep_config
@@ -182,15 +180,6 @@ def table(rows: dict[str, Any]) -> Table:
             gain += " [{:+.2f}, {:+.2f}]".format(*row["interval"])
         shown.add_row(name, *(f"{row[kind]:.2f}" for kind in ROWS), gain, str(row["seeds"]), row["trained"])
     return shown
-
-
-def export_weights(runs: Path, target: Path = WEIGHTS / "rsd") -> list[Path]:
-    """Seed 0's teachers and students of a study in `runs`, in bf16, to target/CORRUPTION/{teacher,student}."""
-    written = []
-    for path in sorted(runs.glob("*/seed0/*/model")):
-        denoiser, corruption, card = load_denoiser(path, dtype=torch.bfloat16)
-        written.append(save_denoiser(target / path.parts[-4] / path.parts[-2], denoiser, corruption, card))
-    return written
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
