@@ -1,4 +1,4 @@
-"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor, DINO, judge and prior, each stage resumable."""
+"""Makes the playground's weights, `mtedit-fast playground build`: VAE, editor, DINO, judge, prior, each resumable."""
 
 from __future__ import annotations
 
