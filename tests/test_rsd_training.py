@@ -256,6 +256,21 @@ def test_two_processes_train_what_one_does(tmp_path):
             assert two[0][name] == pytest.approx(value, rel=1e-4 if stage == "teacher" else 0.05), name
 
 
+@pytest.mark.parametrize("corruption", [NOISE, INPAINTING], ids=["noise", "inpainting"])
+def test_scores_are_compared_where_both_have_learnt(tmp_path, corruption):
+    settings = config(tmp_path, corruption)
+    data = load_data(settings.data, settings.corruption.build())
+    loop = StudentLoop(settings, data, train_teacher(settings, data=data))
+    assert loop.teacher.hides == loop.trained["generator"].hides == (corruption is INPAINTING)
+    levels = []
+    loop.teacher.register_forward_pre_hook(lambda module, inputs: levels.append(inputs[1]))
+    with torch.no_grad():
+        loop._generator_losses(torch.arange(200))
+    assert 20 < levels[0].max() <= 24.41
+    lowest = levels[0].min()
+    assert (0.2 <= lowest < 0.3) if corruption is NOISE else lowest < 0.01
+
+
 # ---- proximal FID
 
 

@@ -52,6 +52,8 @@ class Family:
 
     random = False
     """whether members differ from image to image, in a mask that the network is to see"""
+    hides_pixels = False
+    """whether that mask is of pixels"""
 
     def draw(self, seed: Tensor, size: tuple[int, int]) -> Operator:
         """The operator of the images with seeds [B], for height and width `size`, on seed's device."""
@@ -84,7 +86,7 @@ register("noise")(Family)
 class RandomInpainting(Family):
     """Every pixel is missing with probability `missing`, in all channels."""
 
-    random = True
+    random = hides_pixels = True
 
     def __init__(self, missing: float = 0.6) -> None:
         if not 0 <= missing < 1:
@@ -262,6 +264,7 @@ class Corruption:
         self.families = [_family(item) for item in self.described]
         self.random = any(family.random for family in self.families)
         """The network is conditioned on the mask."""
+        self.hides_pixels = self.families[0].hides_pixels
         if self.random and len(self.families) > 1:
             raise ValueError(
                 f"operators: expected a family with masks to stand alone, got {[i['name'] for i in self.described]}; "

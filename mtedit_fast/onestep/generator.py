@@ -166,7 +166,8 @@ class OneStepGenerator(ImageSource):
 
     def _forward(self, latents: Tensor, mask: Tensor | None, pixels: bool) -> Tensor:
         label = latents.new_full((len(latents),), self._noise_label)
-        images = self._skip * latents + self._out * self.denoiser.network_output(latents * self._to_input, label, mask)
+        out = self.denoiser.scale(latents.new_full((), self._out), mask)
+        images = self._skip * latents + out * self.denoiser.network_output(latents * self._to_input, label, mask)
         return to_uint8(images) if pixels else images
 
 

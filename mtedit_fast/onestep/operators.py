@@ -19,6 +19,8 @@ class Operator:
 
     mask: Tensor | None = None
     """What was measured, [B, 1, H or 1, W] of 0 and 1, where that is part of the operator."""
+    hides_pixels = False
+    """Whether the mask is of pixels: A^H A x = mask · x."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """A x; ValueError for a shape that A is not defined on."""
@@ -49,6 +51,8 @@ class Inpainting(Operator):
     Raises:
         ValueError: the mask has another shape, other values, or a sample of which nothing is measured.
     """
+
+    hides_pixels = True
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = checked_mask(mask)

@@ -35,8 +35,8 @@ def preconditioning(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Preconditi
 
 
 def loss_weight(sigma: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
-    """w(σ) = (σ² + σ_d²) / (σ σ_d)² = 1 / out², which makes F's targets weigh the same at all σ."""
-    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
+    """w(σ) = 1/σ² + 1/σ_d² = 1 / out², which makes F's targets weigh the same at all σ; at σ = ∞, 1/σ_d²."""
+    return sigma.square().reciprocal() + sigma_data**-2
 
 
 class EDMDenoiser(nn.Module):
@@ -49,6 +49,9 @@ class EDMDenoiser(nn.Module):
         autocast: dtype that torch.autocast computes the network in; None for the weights' own.
         patch: side of the squares of pixels that are the channels of one position of the network, as in "simple
             diffusion" (Hoogeboom et al., ICML 2023): a small network's first resolution costs most and knows least.
+        hides: the masks are of pixels, and x is 0 where they are. There nothing is known, as at σ = ∞: `out` is σ_d
+            whatever σ is. With EDM's own `out` a network would have to answer x₀ / σ for a pixel it does not see, and
+            what cannot do that (at σ = 0.002: 500 times too large) draws grey there.
     """
 
     def __init__(
@@ -58,9 +61,11 @@ class EDMDenoiser(nn.Module):
         autocast: torch.dtype | None = None,
         *,
         patch: int = 1,
+        hides: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.sigma_data, self.autocast, self.patch = network, sigma_data, autocast, patch
+        self.network, self.sigma_data, self.autocast = network, sigma_data, autocast
+        self.patch, self.hides = patch, hides
 
     def forward(self, x: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: [B, C, H, W]; sigma: [] or [B]; mask: [B or 1, 1, H or 1, W], for networks with one input channel more.
@@ -71,7 +76,12 @@ class EDMDenoiser(nn.Module):
             raise ValueError(f"sigma: expected one number or one per image ({len(x)}), got {list(sigma.shape)}")
         sigma = sigma.to(x).reshape(-1, 1, 1, 1)
         c = preconditioning(sigma, self.sigma_data)
-        return c.skip * x + c.out * self.network_output(c.input * x, c.noise.flatten().expand(len(x)), mask)
+        output = self.network_output(c.input * x, c.noise.flatten().expand(len(x)), mask)
+        return c.skip * x + self.scale(c.out, mask) * output
+
+    def scale(self, out: Tensor, mask: Tensor | None) -> Tensor:
+        """`out` of each pixel."""
+        return torch.where(mask > 0, out, self.sigma_data) if self.hides and mask is not None else out
 
     def network_output(self, x: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """F in x's dtype: x [B, C, H, W] already scaled, noise [B]."""
@@ -133,6 +143,7 @@ def save_denoiser(
     described = {
         "sigma_data": denoiser.sigma_data,
         "patch": denoiser.patch,
+        "hides": denoiser.hides,
         "corruption": corruption.describe(),
         **(card or {}),
     }
@@ -159,5 +170,7 @@ def load_denoiser(
     path = folder / CARD
     card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     network = UNet2DModel.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
-    denoiser = EDMDenoiser(network, card.get("sigma_data", SIGMA_DATA), patch=card.get("patch", 1))
+    denoiser = EDMDenoiser(
+        network, card.get("sigma_data", SIGMA_DATA), patch=card.get("patch", 1), hides=card.get("hides", False)
+    )
     return OneStepModel(denoiser, Corruption(**card.get("corruption", {})), card)

@@ -98,7 +98,7 @@ class StudentLoop(Loop):
         settings = self.config.distill
         seed = self.seeds(numbers, Part.GENERATOR)
         uniform = torch.special.ndtr(seeded_noise(seed, (1,), Stream.LEVEL).flatten())
-        sigma = generator_levels(uniform, settings.t_max)
+        sigma = generator_levels(uniform, settings.t_max, self.corruption.sigma)
         x = self.generate(seed)
         # The generator saw the mask of its own seed; scores are compared under another one.
         seen = self._seen(self.seeds(numbers, Part.MASKS))

@@ -36,12 +36,15 @@ def masked_objective(
     Aali et al., "Ambient diffusion posterior sampling").
 
     y: A x. operator: A. further: Â, which measures a part of it. on: A or Â, where the loss is taken, in image space.
-    Returns [B]: means over an image of w(σ) · squared errors.
+    Returns [B]: means over an image of w(σ) · squared errors; where Â hides a pixel, w(∞) (see `EDMDenoiser.hides`).
     """
-    seen = further.adjoint(y) + further.normal(_wide(sigma) * noise)
+    sigma_wide = _wide(sigma)
+    seen = further.adjoint(y) + further.normal(sigma_wide * noise)
     estimate = denoise(seen, sigma, further.mask)
     difference = on.normal(estimate) - on.adjoint(y)
-    return loss_weight(sigma) * difference.square().flatten(1).mean(1)
+    if further.hides_pixels and further.mask is not None:
+        sigma_wide = sigma_wide / further.mask
+    return (loss_weight(sigma_wide) * difference.square()).flatten(1).mean(1)
 
 
 def score_gap(method: str, image: Tensor, real: Tensor, fake: Tensor, alpha: float) -> Tensor:
@@ -69,13 +72,18 @@ def teacher_levels(normal: Tensor, p_mean: float, p_std: float) -> Tensor:
     return (p_mean + p_std * normal).exp()
 
 
-def generator_levels(uniform: Tensor, t_max: float, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
+def generator_levels(
+    uniform: Tensor, t_max: float, sigma_n: float = 0.0, low: float = 0.002, high: float = 80.0, rho: float = 7.0
+) -> Tensor:
     """EDM's levels for uniform numbers in (0, 1): from `low` up to t_max / 1000 of the way (in σ^(1/ρ)) to `high`.
 
-    The public code's direction: t_max = 800 cuts the *high* levels off, at 24.4.
+    The public code's direction: t_max = 800 cuts the *high* levels off, at 24.4. With noisy measurements they start at
+    σ_n: below it, teacher and fake score have learnt nothing that could be compared.
     """
     bottom, top = low ** (1 / rho), high ** (1 / rho)
-    return (bottom + uniform * (t_max / 1000) * (top - bottom)) ** rho
+    last = bottom + (t_max / 1000) * (top - bottom)
+    first = min(max(low, sigma_n) ** (1 / rho), last)
+    return (first + uniform * (last - first)) ** rho
 
 
 def _wide(value: Tensor) -> Tensor:
