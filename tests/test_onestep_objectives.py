@@ -244,4 +244,6 @@ def test_levels():
     assert above[0].item() == pytest.approx(0.4)
     assert above[-1].item() == pytest.approx(24.408, abs=1e-3)
     assert above[1].item() == pytest.approx(((0.4 ** (1 / 7) + 24.408 ** (1 / 7)) / 2) ** 7, rel=1e-4)
-    assert generator_levels(uniform, 300, 5.0).equal(generator_levels(torch.ones_like(uniform), 300))  # no lower than σ_n
+    assert generator_levels(uniform, 300, 5.0).equal(
+        generator_levels(torch.ones_like(uniform), 300)
+    )  # no lower than σ_n
