@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mtedit_fast.cli_rsd import rsd_app
-from mtedit_fast.onestep import FeatureStatistics
+from mtedit_fast.onestep import FeatureStatistics, load_denoiser
 from mtedit_fast.training.onestep.config import load_onestep_config
 from mtedit_fast.training.onestep.data import load_data
 from mtedit_fast.training.playground import rsd_compare
@@ -81,7 +81,7 @@ def test_comparison_keeps_what_is_finished(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")  # 20 samples for 128 features
         first = compare(tmp_path / "out", seeds=1, **settings)
         second = compare(tmp_path / "out", seeds=2, **settings)
-        third = compare(tmp_path / "out", seeds=2, **settings)
+        third = compare(tmp_path / "out", seeds=2, keep=tmp_path / "kept", **settings)
     assert len(calls) == 2
     assert second == third
     assert second["runs"]["deblurring"]["0"] == first["runs"]["deblurring"]["0"]
@@ -94,6 +94,12 @@ def test_comparison_keeps_what_is_finished(tmp_path, monkeypatch):
     assert row["interval"] == pytest.approx([gains.mean() - half, gains.mean() + half])
     assert row["corrupted"] > row["clean"]
     assert first["table"]["deblurring"]["interval"] is None
+    for kind in ("teacher", "student"):
+        kept = load_denoiser(tmp_path / "kept/deblurring" / kind, dtype=torch.bfloat16)
+        trained = load_denoiser(tmp_path / "out/deblurring/seed0" / kind / "model", dtype=torch.bfloat16)
+        assert (kept.corruption.describe(), kept.card) == (trained.corruption.describe(), trained.card)
+        for a, b in zip(kept.denoiser.parameters(), trained.denoiser.parameters(), strict=True):
+            assert a.equal(b)
     with Image.open(tmp_path / "out/deblurring/seed0/grid.png") as grid:
         assert grid.width > 8 * 96
         assert grid.height > 4 * 96

@@ -19,7 +19,9 @@ from mtedit_fast.onestep import (
     Features,
     FeatureStatistics,
     frechet_distance,
+    load_denoiser,
     measure,
+    save_denoiser,
     to_uint8,
 )
 from mtedit_fast.training.onestep.config import OneStepConfig, load_onestep_config
@@ -52,12 +54,14 @@ def compare(
     samples: int = 2000,
     overrides: Sequence[str] = (),
     short: bool = False,
+    keep: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train what is not there yet, draw, measure; returns what output/summary.json holds.
 
     The distances are to held-out clean images, in the playground's DINO features. Finished runs are kept, stopped ones
     go on. short: take the repository's weights where it has some, else train for minutes; the table tells which.
+    keep: folder for the networks of seed 0 in bf16, keep/CORRUPTION/{teacher,student}: how the repository's were made.
 
     Raises:
         ValueError: an unknown corruption, or too many seeds for `STUDENT_T`.
@@ -83,6 +87,10 @@ def compare(
                 known = _one(config, folder, name, features, samples, console, short=short) | {"settings": wanted}
                 _write(path, known)
             results.setdefault(name, {})[str(seed)] = known
+        if keep is not None:
+            for kind in ("teacher", "student"):
+                trained = output / name / "seed0" / kind / "model"
+                save_denoiser(keep / name / kind, *load_denoiser(trained, dtype=torch.bfloat16))
     summary = {"runs": results, "table": {name: _row(list(runs.values())) for name, runs in results.items()}}
     _write(output / "summary.json", summary)
     console.print(table(summary["table"]))
