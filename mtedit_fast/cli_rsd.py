@@ -133,8 +133,13 @@ def study(
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … n − 1")] = 3,
     samples: Annotated[int, typer.Option(min=200, help="images per Fréchet distance")] = 5000,
     keep: Annotated[Path | None, typer.Option(help="folder for seed 0's networks in bf16")] = None,
+    page: Annotated[Path | None, typer.Option(help="also write table and grids into this page")] = None,
 ) -> None:
     """Train the committed configurations to their ends, several seeds each; hours, and a stopped study goes on."""
-    from mtedit_fast.training.playground.rsd_compare import CORRUPTIONS, compare
+    from mtedit_fast.training.playground.rsd_compare import CORRUPTIONS, compare, write_page
 
-    compare(output, corruptions=only or CORRUPTIONS, seeds=seeds, samples=samples, overrides=overrides or [], keep=keep)
+    summary = compare(
+        output, corruptions=only or CORRUPTIONS, seeds=seeds, samples=samples, overrides=overrides or [], keep=keep
+    )
+    if page is not None:
+        write_page(summary, output, page)

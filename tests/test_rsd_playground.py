@@ -15,7 +15,7 @@ from mtedit_fast.training.onestep.config import load_onestep_config
 from mtedit_fast.training.onestep.data import load_data
 from mtedit_fast.training.playground import rsd_compare
 from mtedit_fast.training.playground.rsd import dino_features, phantom, shapes
-from mtedit_fast.training.playground.rsd_compare import CONFIGS, CORRUPTIONS, STUDENT_T, compare
+from mtedit_fast.training.playground.rsd_compare import CONFIGS, CORRUPTIONS, MARK, STUDENT_T, compare, write_page
 from mtedit_fast.training.playground.world import CELL, templates
 
 TINY = (
@@ -94,6 +94,16 @@ def test_comparison_keeps_what_is_finished(tmp_path, monkeypatch):
     assert row["interval"] == pytest.approx([gains.mean() - half, gains.mean() + half])
     assert row["corrupted"] > row["clean"]
     assert first["table"]["deblurring"]["interval"] is None
+    page = tmp_path / "page.md"
+    for text, wanted in (("# One step\n\n", second), (None, first)):  # the second replaces what the first wrote
+        if text is not None:
+            page.write_text(text)
+        write_page(wanted, tmp_path / "out", page)
+    written = page.read_text()
+    assert written.startswith("# One step\n\n" + MARK)
+    assert written.count("| deblurring |") == 1
+    assert f"| {first['table']['deblurring']['student']:.2f} |" in written
+    assert (tmp_path / "page_deblurring.png").read_bytes() == (tmp_path / "out/deblurring/seed0/grid.png").read_bytes()
     for kind in ("teacher", "student"):
         kept = load_denoiser(tmp_path / "kept/deblurring" / kind, dtype=torch.bfloat16)
         trained = load_denoiser(tmp_path / "out/deblurring/seed0" / kind / "model", dtype=torch.bfloat16)

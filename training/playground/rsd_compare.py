@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,6 +36,7 @@ from .rsd import dino_features
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CORRUPTIONS = ("denoising", "inpainting", "deblurring", "super_resolution")
 ROWS = ("corrupted", "teacher", "student", "clean")
+MARK = "<!-- results: written by mtedit-fast rsd study -->"
 HELD_OUT = 2**20
 """Seed of clean images that are in no training set."""
 SHORT = (
@@ -188,6 +190,29 @@ def table(rows: dict[str, Any]) -> Table:
             gain += " [{:+.2f}, {:+.2f}]".format(*row["interval"])
         shown.add_row(name, *(f"{row[kind]:.2f}" for kind in ROWS), gain, str(row["seeds"]), row["trained"])
     return shown
+
+
+def write_page(summary: dict[str, Any], output: Path, page: Path) -> None:
+    """Put the table and seed 0's grids under the mark in `page`; what stands above it stays."""
+    lines = [
+        "| corruption | corrupted | teacher | student | student − teacher, 95 % | of each seed |",
+        "|---|---|---|---|---|---|",
+    ]
+    pictures = []
+    for name, row in summary["table"].items():
+        runs = [run["distances"] for run in summary["runs"][name].values()]
+        interval = "" if row["interval"] is None else " [{:+.2f}, {:+.2f}]".format(*row["interval"])
+        gain = f"{row['student_minus_teacher']:+.2f}{interval}"
+        each = ", ".join(f"{run['student'] - run['teacher']:+.2f}" for run in runs)
+        kind = name.replace("_", "-")
+        lines.append(
+            f"| {kind} | {row['corrupted']:.1f} | {row['teacher']:.2f} | {row['student']:.2f} | {gain} | {each} |"
+        )
+        picture = page.with_name(f"{page.stem}_{name}.png")
+        shutil.copy(output / name / "seed0" / "grid.png", picture)
+        pictures.append(f"{kind.capitalize()}:\n\n![corrupted, teacher, student and clean images]({picture.name})")
+    kept = page.read_text(encoding="utf-8").partition(MARK)[0] if page.is_file() else ""
+    page.write_text("\n\n".join([kept + MARK, "\n".join(lines), *pictures]) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
