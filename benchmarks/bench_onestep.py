@@ -161,10 +161,13 @@ class Setup:
     def by_formula(self) -> Tensor:
         """The first batch, fp64."""
         sigma, sigma_data = self.generator.sigma_init, self.denoiser.sigma_data
-        state, *inputs = self.preconditioned()
-        answer = self.denoiser.network_output(*inputs).double()
+        state, scaled, label, mask = self.preconditioned()
+        answer = self.denoiser.network_output(scaled, label, mask).double()
         total = sigma**2 + sigma_data**2
-        return sigma_data**2 / total * state + sigma * sigma_data / math.sqrt(total) * answer
+        out = torch.full_like(state, sigma * sigma_data / math.sqrt(total))
+        if self.denoiser.hides:
+            out[(mask == 0).expand_as(out)] = sigma_data
+        return sigma_data**2 / total * state + out * answer
 
     def network(self) -> Callable[[], None]:
         """The network alone, on as many batches as the images take; on a GPU captured, as ours is."""
