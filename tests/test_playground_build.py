@@ -143,7 +143,10 @@ def test_stock_from_pretrained_runs_without_any_of_our_code(first_turns):
 
 def test_weights_are_small_and_name_no_machine():
     files = [p for p in models.WEIGHTS.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 16 * 2**20
+    sizes = {p.relative_to(models.WEIGHTS).as_posix(): p.stat().st_size for p in files}
+    assert sum(sizes.values()) < 20 * 2**20
+    one_step = {name: size for name, size in sizes.items() if name.startswith("rsd/") and "clean" not in name}
+    assert 4e6 < sum(one_step.values()) <= 8e6
     assert not any("_name_or_path" in p.read_text() for p in files if p.suffix == ".json")
 
 

@@ -115,6 +115,13 @@ def test_comparison_keeps_what_is_finished(tmp_path, monkeypatch):
         assert grid.height > 4 * 96
 
 
+@pytest.mark.parametrize("name", ["denoising", "inpainting", "deblurring"])
+def test_committed_students_are_nearer_to_clean_images_than_their_teachers(tmp_path, name):
+    row = compare(tmp_path, corruptions=[name], samples=800, short=True)["table"][name]
+    assert row["trained"] == "the repository's weights"
+    assert row["clean"] < row["student"] < row["teacher"]
+
+
 def test_students_t_is_scipys():
     from scipy.stats import t
 

@@ -62,7 +62,9 @@ def compare(
     """Train what is not there yet, draw, measure; returns what output/summary.json holds.
 
     The distances are to held-out clean images, in the playground's DINO features. Finished runs are kept, stopped ones
-    go on. short: take the repository's weights where it has some, else train for minutes; the table tells which.
+    go on; those of further seeds, where there are any, count as well.
+
+    short: take the repository's weights where it has some, else train for minutes; the table tells which.
     keep: folder for the networks of seed 0 in bf16, keep/CORRUPTION/{teacher,student}: how the repository's were made.
 
     Raises:
@@ -77,7 +79,7 @@ def compare(
     features = dino_features()
     results: dict[str, dict[str, Any]] = {}
     for name in corruptions:
-        for seed in range(seeds):
+        for seed in range(max(STUDENT_T)):
             folder = output / name / f"seed{seed}"
             settings = [f"run.output_dir={folder}", f"run.seed={seed}", *(SHORT if short else ()), *overrides]
             config = load_onestep_config(CONFIGS / f"rsd_{name}.yaml", settings)
@@ -86,6 +88,8 @@ def compare(
             path = folder / "result.json"
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
             if known is None or known["settings"] != wanted:
+                if seed >= seeds:
+                    break
                 known = _one(config, folder, name, features, samples, console, short=short) | {"settings": wanted}
                 _write(path, known)
             results.setdefault(name, {})[str(seed)] = known
