@@ -165,7 +165,7 @@ class Setup:
         answer = self.denoiser.network_output(scaled, label, mask).double()
         total = sigma**2 + sigma_data**2
         out = torch.full_like(state, sigma * sigma_data / math.sqrt(total))
-        if self.denoiser.hides:
+        if self.denoiser.hides_pixels:
             out[(mask == 0).expand_as(out)] = sigma_data
         return sigma_data**2 / total * state + out * answer
 

@@ -130,7 +130,7 @@ def study(
     overrides: Overrides = None,
     output: OutputOption = Path("runs/rsd"),
     only: OnlyOption = None,
-    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … n − 1")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 … n − 1; finished runs of further ones count as well")] = 3,
     samples: Annotated[int, typer.Option(min=200, help="images per Fréchet distance")] = 5000,
     keep: Annotated[Path | None, typer.Option(help="folder for seed 0's networks in bf16")] = None,
     page: Annotated[Path | None, typer.Option(help="also write table and grids into this page")] = None,
@@ -143,3 +143,4 @@ def study(
     )
     if page is not None:
         write_page(summary, output, page)
+        Console().print(f"page: {page}", markup=False)

@@ -155,6 +155,11 @@ def test_the_network_sees_no_more_than_the_further_mask():
     got = masked_objective(denoise, y, operator, further, sigma, noise, on=further)
     wanted = loss_weight(sigma) * (further.mask * x).square().mean((1, 2, 3))
     torch.testing.assert_close(got, wanted)
+    got = masked_objective(denoise, y, operator, further, sigma, noise, on=operator)
+    hidden = (operator.mask - further.mask) * x  # measured, but not seen: as at σ = ∞
+    wanted = wanted + loss_weight(torch.tensor(torch.inf)) * hidden.square().mean((1, 2, 3))
+    torch.testing.assert_close(got, wanted)
+    assert loss_weight(torch.tensor(torch.inf)) == 4
 
 
 # ---- the generator

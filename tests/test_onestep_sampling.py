@@ -40,7 +40,7 @@ def unet(channels: int = 3, *, masked: bool = False, size: int = 16) -> UNet2DMo
 
 
 def denoiser(channels: int = 3, *, masked: bool = False) -> EDMDenoiser:
-    return EDMDenoiser(unet(channels, masked=masked), hides=masked and channels == 3)
+    return EDMDenoiser(unet(channels, masked=masked), hides_pixels=masked and channels == 3)
 
 
 # ---- preconditioning
@@ -92,7 +92,7 @@ def test_the_mask_is_a_channel_of_its_own():
 def test_of_hidden_pixels_the_network_says_all(sigma):
     network, mask = Recorder(), torch.tensor([1.0, 0, 1, 0]).view(1, 1, 1, 4).expand(2, 1, 4, 4)
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * mask
-    got = EDMDenoiser(network, hides=True)(x, torch.tensor(sigma), mask)
+    got = EDMDenoiser(network, hides_pixels=True)(x, torch.tensor(sigma), mask)
     seen = EDMDenoiser(network)(x, torch.tensor(sigma), mask)
     torch.testing.assert_close(got, torch.where(mask > 0, seen, 2 * 0.5))  # σ_d
 
@@ -152,11 +152,11 @@ def test_wrong_levels_are_refused():
 @pytest.mark.parametrize("corruption", [Corruption([], 0.2), INPAINTING], ids=["noise", "inpainting"])
 def test_saved_and_loaded(tmp_path, corruption):
     mine = denoiser(masked=corruption.random)
-    mine.sigma_data, mine.hides = 0.4, corruption.hides_pixels
+    mine.sigma_data, mine.hides_pixels = 0.4, corruption.hides_pixels
     save_denoiser(tmp_path / "model", mine, corruption, {"shape": [3, 16, 16]})
     loaded, known, card = load_denoiser(tmp_path / "model")
     assert known.describe() == corruption.describe()
-    assert (loaded.sigma_data, loaded.hides, card["shape"]) == (0.4, corruption.hides_pixels, [3, 16, 16])
+    assert (loaded.sigma_data, loaded.hides_pixels, card["shape"]) == (0.4, corruption.hides_pixels, [3, 16, 16])
     for a, b in zip(mine.parameters(), loaded.parameters(), strict=True):
         assert a.equal(b)
     assert next(load_denoiser(tmp_path / "model", dtype=torch.bfloat16).denoiser.parameters()).dtype == torch.bfloat16

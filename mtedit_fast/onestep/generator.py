@@ -166,7 +166,7 @@ class OneStepGenerator(ImageSource):
 
     def _forward(self, latents: Tensor, mask: Tensor | None, pixels: bool) -> Tensor:
         label = latents.new_full((len(latents),), self._noise_label)
-        out = self.denoiser.scale(latents.new_full((), self._out), mask)
+        out = self.denoiser.out_scale(self._out, mask)
         images = self._skip * latents + out * self.denoiser.network_output(latents * self._to_input, label, mask)
         return to_uint8(images) if pixels else images
 

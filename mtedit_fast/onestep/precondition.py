@@ -49,9 +49,9 @@ class EDMDenoiser(nn.Module):
         autocast: dtype that torch.autocast computes the network in; None for the weights' own.
         patch: side of the squares of pixels that are the channels of one position of the network, as in "simple
             diffusion" (Hoogeboom et al., ICML 2023): a small network's first resolution costs most and knows least.
-        hides: the masks are of pixels, and x is 0 where they are. There nothing is known, as at σ = ∞: `out` is σ_d
-            whatever σ is. With EDM's own `out` a network would have to answer x₀ / σ for a pixel it does not see, and
-            what cannot do that (at σ = 0.002: 500 times too large) draws grey there.
+        hides_pixels: the masks are of pixels, and x is 0 where they are. There nothing is known, as at σ = ∞: `out` is
+            σ_d whatever σ is. With EDM's own `out` a network would have to answer x₀ / σ for a pixel it does not see
+            (at σ = 0.002: 500 x₀), and one that cannot draws grey there.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class EDMDenoiser(nn.Module):
         autocast: torch.dtype | None = None,
         *,
         patch: int = 1,
-        hides: bool = False,
+        hides_pixels: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.sigma_data, self.autocast = network, sigma_data, autocast
-        self.patch, self.hides = patch, hides
+        self.patch, self.hides_pixels = patch, hides_pixels
 
     def forward(self, x: Tensor, sigma: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: [B, C, H, W]; sigma: [] or [B]; mask: [B or 1, 1, H or 1, W], for networks with one input channel more.
@@ -77,11 +77,13 @@ class EDMDenoiser(nn.Module):
         sigma = sigma.to(x).reshape(-1, 1, 1, 1)
         c = preconditioning(sigma, self.sigma_data)
         output = self.network_output(c.input * x, c.noise.flatten().expand(len(x)), mask)
-        return c.skip * x + self.scale(c.out, mask) * output
+        return c.skip * x + self.out_scale(c.out, mask) * output
 
-    def scale(self, out: Tensor, mask: Tensor | None) -> Tensor:
-        """`out` of each pixel."""
-        return torch.where(mask > 0, out, self.sigma_data) if self.hides and mask is not None else out
+    def out_scale(self, out: Tensor | float, mask: Tensor | None) -> Tensor | float:
+        """What each pixel of the network's output is multiplied by: `out`, or σ_d where the mask hides it."""
+        if mask is None or not self.hides_pixels:
+            return out
+        return torch.where(mask > 0, out, self.sigma_data)
 
     def network_output(self, x: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """F in x's dtype: x [B, C, H, W] already scaled, noise [B]."""
@@ -143,7 +145,7 @@ def save_denoiser(
     described = {
         "sigma_data": denoiser.sigma_data,
         "patch": denoiser.patch,
-        "hides": denoiser.hides,
+        "hides_pixels": denoiser.hides_pixels,
         "corruption": corruption.describe(),
         **(card or {}),
     }
@@ -171,6 +173,9 @@ def load_denoiser(
     card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     network = UNet2DModel.from_pretrained(str(folder), torch_dtype=dtype).to(device).eval()
     denoiser = EDMDenoiser(
-        network, card.get("sigma_data", SIGMA_DATA), patch=card.get("patch", 1), hides=card.get("hides", False)
+        network,
+        card.get("sigma_data", SIGMA_DATA),
+        patch=card.get("patch", 1),
+        hides_pixels=card.get("hides_pixels", False),
     )
     return OneStepModel(denoiser, Corruption(**card.get("corruption", {})), card)

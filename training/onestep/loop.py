@@ -53,7 +53,7 @@ def new_denoiser(config: OneStepConfig, shape: tuple[int, int, int]) -> EDMDenoi
             f"{list(shape)}{' with masks' if masked else ''}, got {network.config.in_channels} and "
             f"{network.config.out_channels}"
         )
-    return EDMDenoiser(network, patch=model.patch, hides=config.corruption.build().hides_pixels)
+    return EDMDenoiser(network, patch=model.patch, hides_pixels=config.corruption.build().hides_pixels)
 
 
 class Loop:

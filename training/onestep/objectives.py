@@ -36,7 +36,7 @@ def masked_objective(
     Aali et al., "Ambient diffusion posterior sampling").
 
     y: A x. operator: A. further: Â, which measures a part of it. on: A or Â, where the loss is taken, in image space.
-    Returns [B]: means over an image of w(σ) · squared errors; where Â hides a pixel, w(∞) (see `EDMDenoiser.hides`).
+    Returns [B]: means over an image of w(σ) · squared errors; where Â hides a pixel, w(∞) (see `EDMDenoiser`).
     """
     sigma_wide = _wide(sigma)
     seen = further.adjoint(y) + further.normal(sigma_wide * noise)

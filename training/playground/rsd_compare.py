@@ -203,6 +203,7 @@ def write_page(summary: dict[str, Any], output: Path, page: Path) -> None:
         "|---|---|---|---|---|---|",
     ]
     pictures = []
+    page.parent.mkdir(parents=True, exist_ok=True)
     for name, row in summary["table"].items():
         runs = [run["distances"] for run in summary["runs"][name].values()]
         interval = "" if row["interval"] is None else " [{:+.2f}, {:+.2f}]".format(*row["interval"])

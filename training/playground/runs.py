@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mtedit_fast.progress import progress_bar
 
 
 class Run(NamedTuple):
@@ -30,15 +31,7 @@ def run_in_processes(name: str, runs: list[Run], *, finished: int, jobs: int, co
     total = finished + len(runs)
     failed = []
     with (
-        Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=console,
-        ) as progress,
+        progress_bar(console) as progress,
         ThreadPoolExecutor(jobs) as pool,
     ):
         task = progress.add_task(name, total=total, completed=finished, shown="")
