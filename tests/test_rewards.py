@@ -1,13 +1,14 @@
 """Rewards by import path: what they get, what they may return, and errors that name them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mtedit_fast.training.config import RewardConfig
-from mtedit_fast.training.rewards import RewardBatch, load_reward, score
+from mtedit_fast.training.rewards import RewardBatch, RewardStream, load_reward, score
 
 MODULE = """
 import numpy as np, torch
@@ -103,3 +104,28 @@ def test_batch_shapes_are_checked(batch):
         RewardBatch(batch.references, batch.edits, [["a", "b"]] * 2)
     with pytest.raises(ValueError, match=r"records: expected 2 or none, got 1"):
         RewardBatch(batch.references, batch.edits, batch.instructions, [{}])
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_stream_scores_batches_in_order(device, batch):
+    """On a GPU in a thread, meanwhile; on a CPU when the result is asked for."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rewards = [RewardConfig(name=name, path=f"my_rewards:{name}") for name in ("brightness", "some")]
+    parts = [replace(batch, edits=(batch.edits * scale).to(device)) for scale in (1.0, 0.5, 0.25)]
+    with RewardStream(rewards) as stream:
+        for part in parts:
+            stream.submit(part)
+        result = stream.result()
+    for name, values in result.items():
+        expected = torch.cat([score(rewards, part)[name] for part in parts])
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("module")
+def test_an_exception_is_raised_with_the_result(batch):
+    with RewardStream([RewardConfig(name="texts", path="my_rewards:texts")]) as stream:
+        stream.submit(batch)
+        with pytest.raises(TypeError, match="reward 'texts'"):
+            stream.result()

@@ -72,7 +72,8 @@ class Rates:
     """What a device reaches.
 
     encode, denoise, decode, update: FLOP/s. reward: seconds that the rewards of an image take; beside: seconds by which
-    scoring an image holds up the sampling that goes on meanwhile. source: where that comes from.
+    scoring an image holds up the sampling that goes on meanwhile, None where scoring follows sampling, as on a CPU.
+    source: where that comes from.
     """
 
     encode: float
@@ -80,7 +81,7 @@ class Rates:
     decode: float
     update: float
     reward: float
-    beside: float
+    beside: float | None
     source: str
 
 
@@ -127,8 +128,8 @@ class Plan:
 def plan(config: TrainConfig, gpus: int, rates: Rates, *, kept: float = 1.0, gpu: Gpu | None = None) -> Plan:
     """Predict time and memory of `config` on `gpus` devices of those rates.
 
-    Rewards are scored while sampling goes on, group by group: they hold it up, and what is waited for are the last
-    group's, and what the others take longer than sampling.
+    On a GPU rewards are scored while sampling goes on, group by group: they hold it up, and what is waited for are the
+    last group's, and what the others take longer than sampling.
 
     Args:
         kept: part of the trajectories that the filters leave to learn from.
@@ -142,12 +143,12 @@ def plan(config: TrainConfig, gpus: int, rates: Rates, *, kept: float = 1.0, gpu
     memory, work = estimate(config, gpus), count(config, gpus, kept=kept)
     groups, images = _groups(config, gpus), config.rollout.group_size * config.rollout.turns
     sampling = sum(flops / getattr(rates, part) for part, flops in work.rollout.items())
-    reward, beside = rates.reward * images, rates.beside * images
-    seconds = {
-        "rollout": sampling + (groups - 1) * beside,
-        "reward": reward + (groups - 1) * max(0.0, reward - beside - sampling / groups),
-        "update": work.phases["update"] / rates.update,
-    }
+    reward = rates.reward * images
+    seconds = {"rollout": sampling, "reward": groups * reward, "update": work.phases["update"] / rates.update}
+    if rates.beside is not None:
+        beside = rates.beside * images
+        seconds["rollout"] += (groups - 1) * beside
+        seconds["reward"] = reward + (groups - 1) * max(0.0, reward - beside - sampling / groups)
     return Plan(seconds, work, memory, rates, gpus, config.run.iterations, None if gpu is None else gpu.memory)
 
 
@@ -180,8 +181,8 @@ def assumed_rates(
 
 
 def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
-    """The rates of this device: iterations of two groups of `config` and rollouts of one, medians of `repetitions`
-    after a first. Their difference is what scoring a group costs the sampling of the next.
+    """The rates of this device: rollouts of one group of `config`, rewards included, and iterations of two, medians of
+    `repetitions` after a first. On a GPU what a rollout of two takes longer is what scoring costs sampling.
 
     Loads the model and the rewards as training does, and writes nothing that stays.
     """
@@ -202,19 +203,17 @@ def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
             trainer.sample([record], iteration=0)
             alone.append(trainer.timer.seconds())
             calls.append(trainer.step())
-    seconds = {
-        phase: median(call[f"seconds/{phase}"] for call in calls[1:]) for phase in ("rollout", "reward", "update")
-    }
     work = count(two)
-    parts = {part: median(each[part] for each in alone[1:]) for part in ("rollout", *work.rollout)}
+    group = {part: median(each[part] for each in alone[1:]) for part in ("rollout", "reward", *work.rollout)}
+    both = {phase: median(call[f"seconds/{phase}"] for call in calls[1:]) for phase in ("rollout", "update")}
     images = two.rollout.group_size * two.rollout.turns
-    name = torch.cuda.get_device_name() if device == "cuda" else "this CPU"
+    cuda = device == "cuda"
     return Rates(
-        **{part: flops / 2 / parts[part] for part, flops in work.rollout.items()},
-        update=work.phases["update"] / seconds["update"],
-        reward=seconds["reward"] / images,
-        beside=max(0.0, seconds["rollout"] - 2 * parts["rollout"]) / images,
-        source=f"{name}, measured on two groups",
+        **{part: flops / 2 / group[part] for part, flops in work.rollout.items()},
+        update=work.phases["update"] / both["update"],
+        reward=group["reward"] / images,
+        beside=max(0.0, both["rollout"] - 2 * group["rollout"]) / images if cuda else None,
+        source=f"{torch.cuda.get_device_name() if cuda else 'this CPU'}, measured on two groups",
     )
 
 

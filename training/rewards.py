@@ -3,10 +3,10 @@
 import difflib
 import importlib
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ def load_reward(path: str) -> Reward:
 
 
 class RewardStream:
-    """Scores trajectories in a thread of its own while the next ones are being sampled.
+    """Scores trajectories of a GPU in a thread of its own while the next ones are being sampled.
+
+    Those of a CPU are scored in `result`: a second thread's products there wake a second team of OpenMP's threads, and
+    both teams together take longer than one after the other.
 
     Use it as a context; `submit` batches in order, then `result()`. An exception of a reward is raised there.
     """
@@ -52,9 +55,7 @@ class RewardStream:
     def __init__(self, rewards: Sequence[RewardConfig]) -> None:
         self._rewards = list(rewards)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
-        self._parts: list[Future[dict[str, Tensor]]] = []
-        self.seconds = 0.0
-        """What scoring took, whether or not anything waited for it."""
+        self._parts: list[Callable[[], dict[str, Tensor]]] = []
 
     def __enter__(self) -> "RewardStream":
         return self
@@ -63,26 +64,24 @@ class RewardStream:
         self._worker.shutdown(cancel_futures=True)
 
     def submit(self, batch: RewardBatch) -> None:
-        ready = torch.cuda.Event() if batch.edits.is_cuda else None
-        if ready is not None:
-            ready.record()
-        self._parts.append(self._worker.submit(self._score, batch, ready))
+        if not batch.edits.is_cuda:
+            self._parts.append(partial(score, self._rewards, batch))
+            return
+        ready = torch.cuda.Event()
+        ready.record()
+        self._parts.append(self._worker.submit(self._score, batch, ready).result)
 
-    def _score(self, batch: RewardBatch, ready: "torch.cuda.Event | None") -> dict[str, Tensor]:
-        start = time.perf_counter()
-        if ready is None:
+    def _score(self, batch: RewardBatch, ready: torch.cuda.Event) -> dict[str, Tensor]:
+        """On a stream of its own, behind what has decoded these images."""
+        with torch.cuda.stream(torch.cuda.Stream(batch.edits.device)) as stream:
+            ready.wait(stream)
             values = score(self._rewards, batch)
-        else:  # a stream of its own, behind what has decoded these images
-            with torch.cuda.stream(torch.cuda.Stream(batch.edits.device)) as stream:
-                ready.wait(stream)
-                values = score(self._rewards, batch)
-                stream.synchronize()
-        self.seconds += time.perf_counter() - start
+            stream.synchronize()
         return values
 
     def result(self) -> dict[str, Tensor]:
         """{name: fp32 [B, K]} of everything submitted, in order."""
-        parts = [part.result() for part in self._parts]
+        parts = [part() for part in self._parts]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
