@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import triton
 
 from mtedit_fast.ops._backend import unavailable_reason
 
@@ -11,6 +12,7 @@ from mtedit_fast.ops._backend import unavailable_reason
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": GPU}
 BACKENDS = [

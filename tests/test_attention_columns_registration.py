@@ -1,14 +1,8 @@
 """`attention_columns` as a registered operator: opcheck, torch.compile, and the kernels as compiled code."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from compiled import Row, assert_no_fp64_or_spills, compile_all
 from op_backends import DEVICES
 from test_attention_columns import BF16, FP32, backend, inputs  # noqa: F401
 
@@ -64,23 +58,15 @@ def test_wide_heads_are_left_to_the_reference() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled_kernels() -> list[dict[str, Any]]:
+def compiled_kernels() -> list[Row]:
     """Every kernel and architecture, compiled without a GPU, in a process without the interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("ptx_attention_columns.py"))]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return compile_all("ptx_attention_columns.py")
 
 
-def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[dict[str, Any]]) -> None:
-    assert {row["arch"] for row in compiled_kernels} == {80, 90, 100}
-    names = {row["kernel"].split()[0] for row in compiled_kernels}
-    assert names == {"lse", "columns", "slopes", "grad_query", "grad_key"}
+def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[Row]) -> None:
+    assert_no_fp64_or_spills(compiled_kernels, {"lse", "columns", "slopes", "grad_query", "grad_key"})
     for row in compiled_kernels:
-        assert row["fp64"] == 0, row
-        assert row["stack"] == row["local"] == 0, row
-        assert row["reg"] < 255, row  # at the limit, what does not fit goes to memory
+        assert row["reg"] < 255 or row["stack"], row  # at the limit, what does not fit goes to memory
 
 
 @needs_gpu

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import needs_fp8
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -235,7 +236,13 @@ def test_a_row_follows_from_its_times():
     ("options", "variant", "shape", "dtype"),
     [
         ("--editor kontext --turns 1 --reference-size 16", "tiny kontext", "2x1x32 from 16 in 2", "fp32"),
-        ("--editor qwen --dtype fp8 --turns 1 --loop-batch 2", "tiny qwen-2511", "2x1x64 in 2", "fp8"),
+        pytest.param(
+            "--editor qwen --dtype fp8 --turns 1 --loop-batch 2",
+            "tiny qwen-2511",
+            "2x1x64 in 2",
+            "fp8",
+            marks=needs_fp8,
+        ),
         ("--editor klein --group 3 --micro-batch 2 --steps 3 --size 16", "tiny klein-4b", "3x2x16 in 3", "fp32"),
     ],
 )
@@ -297,7 +304,7 @@ def test_peers_with_other_velocities_are_refused(wrong, monkeypatch):
         bench_rollout.bench(case("klein-4b"), min_seconds=0.0, samples=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float8_e4m3fn, marks=needs_fp8)])
 def test_the_rate_of_matrix_products_is_measured(dtype, monkeypatch):
     shapes, measure = [], harness.measure
 

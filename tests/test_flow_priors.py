@@ -85,7 +85,18 @@ def test_the_trace_moves_where_the_density_falls():
     probes = torch.ones(1, 2, 5).double()
     now = torch.tensor(0.0).double()
     ahead, *_ = flow_priors._inner_step(
-        flow, lambda z: z, one, x, zeros, zeros, torch.ones(()).double(), now, dt, target, probes, True
+        flow,
+        lambda z: z,
+        one,
+        x.clone().requires_grad_(),
+        zeros,
+        zeros,
+        torch.ones(()).double(),
+        now,
+        dt,
+        target,
+        probes,
+        True,
     )
     torch.testing.assert_close(ahead, x - 0.01 * leaf.grad.sign(), rtol=0, atol=1e-8)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SIZE, tiny_editor
+from tiny import SIZE, needs_fp8, tiny_editor
 from torch import nn
 
 from mtedit_fast.editors.fp8 import Float8Linear, Float8Switch, fp8_unsupported, to_fp8
@@ -36,6 +36,7 @@ class Stub:
         self.invalidated += 1
 
 
+@needs_fp8
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_of_the_rounded_operands(bias, dtype):
@@ -56,6 +57,7 @@ def test_product_of_the_rounded_operands(bias, dtype):
     assert set(layer.state_dict()) == set(nn.Linear(1, 1, bias=bias).state_dict())
 
 
+@needs_fp8
 def test_rollout_in_fp8_differs_a_little_and_leaves_the_editor_as_it_was():
     editor = tiny_editor()
     adapters = Adapters(editor.transformer, rank=2, alpha=4, target_modules=editor.lora_targets, seed=0)
@@ -74,12 +76,16 @@ def test_rollout_in_fp8_differs_a_little_and_leaves_the_editor_as_it_was():
     assert 1e-4 < difference < 0.1
 
 
-def test_bad_input(monkeypatch):
+@needs_fp8
+def test_bad_input():
     with pytest.raises(ValueError, match=r"multiples of 16 in the transformer's blocks, found none"):
         Float8Switch(Stub(layer=nn.Linear(24, 40)))
     switch = Float8Switch(Stub(layer=nn.Linear(16, 16)))
     with pytest.raises(RuntimeError, match=r"fp8 has no gradient; enter it under torch.no_grad"), switch:
         pass
+
+
+def test_devices_without_fp8(monkeypatch):
     assert "got meta" in fp8_unsupported("meta")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")

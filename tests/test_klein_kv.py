@@ -278,7 +278,8 @@ def test_a_folder_in_the_public_layout(tmp_path):
     inputs = samples(editor, [0, 1])
     assert set(inputs[3]) == {"embeds"}  # guidance is distilled
     with torch.no_grad():
-        assert torch.equal(velocity(editor, *inputs), velocity(editor_of(), *inputs))
+        expected = velocity(editor_of(), *inputs)
+        torch.testing.assert_close(velocity(editor, *inputs), expected, rtol=1e-5, atol=1e-5)  # weights lie elsewhere
     with pytest.raises(TypeError, match=r"pipeline: expected Flux2KleinKVPipeline, got Flux2KleinPipeline; choose"):
         KleinKVEditor.from_pretrained(tmp_path / "klein")
 

@@ -81,7 +81,7 @@ def test_branches_of_two_lengths_are_two_forwards(zero_cond_t):
     for half, text in ((slice(0, 2), 5), (slice(2, 4), TEXT)):
         alone = {name: value[half] for name, value in states.items()}
         alone["encoder_hidden_states"] = alone["encoder_hidden_states"][:, :text]
-        torch.testing.assert_close(together[half], theirs(stock, grids, alone), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(together[half], theirs(stock, grids, alone), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,14 +1,8 @@
 """`token_similarity` as a registered operator: opcheck, torch.compile, and the kernels as compiled code."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from compiled import Row, assert_no_fp64_or_spills, compile_all
 from op_backends import DEVICES
 from test_token_similarity import BF16, FP32, PAIRS, backend, banks  # noqa: F401
 
@@ -49,21 +43,14 @@ def test_opcheck(backend: str, weighted: bool, dtype: torch.dtype) -> None:  # n
 
 
 @pytest.fixture(scope="module")
-def compiled_kernels() -> list[dict[str, Any]]:
+def compiled_kernels() -> list[Row]:
     """Every kernel and architecture, compiled without a GPU, in a process without the interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("ptx_token_similarity.py"))]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return compile_all("ptx_token_similarity.py")
 
 
-def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[dict[str, Any]]) -> None:
-    assert {row["arch"] for row in compiled_kernels} == {80, 90, 100}
-    assert {row["kernel"].split()[0] for row in compiled_kernels} == {"pool", "cosine", "gradient"}
+def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[Row]) -> None:
+    assert_no_fp64_or_spills(compiled_kernels, {"pool", "cosine", "gradient"})
     for row in compiled_kernels:
-        assert row["fp64"] == 0, row
-        assert row["stack"] == row["local"] == 0, row
         assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
 
 

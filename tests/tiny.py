@@ -2,13 +2,16 @@
 
 import functools
 
+import pytest
 import torch
 from diffusers import FluxKontextPipeline
 
 from mtedit_fast.editors import KontextEditor
+from mtedit_fast.editors.fp8 import fp8_unsupported
 from mtedit_fast.training.playground.models import MAX_TOKENS, new_pipeline, new_vae
 
 SIZE = 64
+needs_fp8 = pytest.mark.skipif(fp8_unsupported("cpu") is not None, reason=str(fp8_unsupported("cpu")))
 
 
 @functools.cache

@@ -157,7 +157,8 @@ def ictm(
                     drawn = [seeded_noise(seeds, shape, counter + 1 + j, dtype=x.dtype) for j in range(settings.probes)]
                     probes = torch.stack(drawn).sign()
                 count = torch.tensor(k + 1.0, dtype=x.dtype, device=x.device)
-                ahead, first, second, losses = inner(ahead, first, second, count, now, dt, target, probes, step == 0)
+                leaf = ahead.detach().requires_grad_()  # out here: before torch 2.13 no graph takes it
+                ahead, first, second, losses = inner(leaf, first, second, count, now, dt, target, probes, step == 0)
                 if settings.noise > 0:
                     assert seeds is not None
                     ahead = ahead + settings.noise * seeded_noise(seeds, shape, counter, dtype=x.dtype)
@@ -186,9 +187,11 @@ def _inner_step(
     probes: Tensor | None,
     initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One step of Adam with moments `first` and `second`: x and its moments afterwards, and the losses [B] before."""
+    """One step of Adam with moments `first` and `second`: x and its moments afterwards, and the losses [B] before.
+
+    x: a leaf that requires a gradient.
+    """
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
         v = velocity(x, t)
         losses = settings.data_weight * (operator(x + v * dt) - target).square().flatten(1).sum(1)
         if probes is not None:

@@ -53,7 +53,8 @@ def choose_backend(
     if requested not in backends:
         raise ValueError(f"backend must be one of {backends}, got {requested!r}")
     if requested == "auto":
-        native = offered[device.type == "cuda"]
+        on_cpu, on_gpu = offered  # not indexed by a bool, which torch.compile does not know before 2.13
+        native = on_gpu if device.type == "cuda" else on_cpu
         return native if unavailable_reason(native, device, dtypes) is None else "reference"
     reason = unavailable_reason(requested, device, dtypes)
     if reason is not None:
