@@ -1,5 +1,6 @@
 """The playground's committed weights, and the build that makes them."""
 
+import json
 import signal
 import subprocess
 import sys
