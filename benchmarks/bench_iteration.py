@@ -5,10 +5,10 @@ mtedit-fast bench iteration --objective grpo    exact replay against replay step
 mtedit-fast bench iteration --full              FLUX.1-Kontext-dev, Qwen3-VL-8B, DINOv3, random weights, for a GPU
 pytest benchmarks/bench_iteration.py --benchmark-only
 
-Ours is Trainer.step: shared conditioning, rewards while sampling goes on, filtered rows left out of the update, old and
-reference rows left out of it or in one forward. The loop is peers/iteration_loop.py: sampling around the stock
-pipeline, then a `generate` call for every score and EdiVal's loop over pairs of PIL images, then three forwards for
-every row. Both take turns in one process, on the same frozen weights, adapters, records, and batch sizes.
+Ours is Trainer.step: shared conditioning, on a GPU rewards while sampling goes on, filtered rows left out of the
+update, old and reference rows left out of it or in one forward. The loop is peers/iteration_loop.py: sampling around
+the stock pipeline, then a `generate` call for every score and EdiVal's loop over pairs of PIL images, then three
+forwards for every row. Both take turns in one process, on the same frozen weights, adapters, records, and batch sizes.
 
 No row is written where the loop samples other states from the same noise, gives other rewards to the same images, or
 has another loss or gradient for the same trajectories; nor where ours replays to a ratio other than 1.
@@ -48,10 +48,12 @@ class Row(record.Line):
     draws: int
     repetitions: int
     median_s: float
+    p20_s: float
+    p80_s: float
     rollout_s: float
-    """Rewards are computed meanwhile."""
+    """On a GPU rewards are computed meanwhile."""
     reward_s: float
-    """What is waited for."""
+    """What is waited for: on a CPU all of them."""
     update_s: float
     rest_s: float
     images_per_s: float
@@ -115,6 +117,11 @@ class Side:
         """Without the first call, which warms up."""
         return {name: median(each[name] for each in self.calls[1:]) for name in (*PHASES, "total")}
 
+    def spread(self) -> dict[str, float]:
+        """p20 and p80 of the whole."""
+        total = harness.summary([each["total"] for each in self.calls[1:]])
+        return {"p20_s": round(total.p20, 4), "p80_s": round(total.p80, 4)}
+
 
 def sides(setup: Setup) -> tuple[Side, Side]:
     def ours() -> dict[str, float]:
@@ -155,6 +162,7 @@ def bench(case: Case, *, repetitions: int, folder: Path) -> Row:
         draws=case.draws,
         repetitions=repetitions,
         median_s=round(own["total"], 4),
+        **ours.spread(),
         loop_s=round(peer["total"], 4),
         **times,
         images_per_s=round(images / own["total"], 3),

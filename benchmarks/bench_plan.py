@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import command
+import harness
 import record
 from torch import Tensor
 
@@ -60,6 +61,8 @@ class Row(record.Line):
     probe: str
     predicted_s: float
     measured_s: float
+    p20_s: float
+    p80_s: float
     error_percent: float
     predicted_rollout_s: float
     rollout_s: float
@@ -116,12 +119,15 @@ def bench(columns: dict[str, Any], change: str, repetitions: int) -> Row:
     calls = [trainer.step() for _ in range(repetitions + 1)][1:]
     measured = {phase: median(call[f"seconds/{phase}"] for call in calls) for phase in predicted.seconds}
     total, memory = sum(measured.values()), sum(estimate(config).update.values())
+    whole = harness.summary([sum(call[f"seconds/{phase}"] for phase in measured) for call in calls])
     found = update_bytes(trainer)
     return Row(
         **columns,
         probe=f"two groups of {probed}",
         predicted_s=round(predicted.iteration, 4),
         measured_s=round(total, 4),
+        p20_s=round(whole.p20, 4),
+        p80_s=round(whole.p80, 4),
         error_percent=round(100 * (predicted.iteration / total - 1), 1),
         **{f"predicted_{phase}_s": round(seconds, 4) for phase, seconds in predicted.seconds.items()},
         **{f"{phase}_s": round(seconds, 4) for phase, seconds in measured.items()},

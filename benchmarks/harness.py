@@ -21,7 +21,7 @@ Call = Callable[[], object]
 
 
 class Timing(NamedTuple):
-    """Microseconds per call."""
+    """Microseconds per call; of `summary`, what it was given."""
 
     median: float
     p20: float
@@ -44,9 +44,15 @@ def rotations(bytes_per_call: int, device: torch.device) -> int:
     return min(max(2, -(-wanted // max(bytes_per_call, 1))), 1000)
 
 
-def _summary(seconds: Sequence[float]) -> Timing:
-    cuts = quantiles(seconds, n=10, method="inclusive")
-    return Timing(*(round(1e6 * cuts[i], 3) for i in (4, 1, 7)))
+def summary(values: Sequence[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0])
+    cuts = quantiles(values, n=10, method="inclusive")
+    return Timing(cuts[4], cuts[1], cuts[7])
+
+
+def _microseconds(seconds: Sequence[float]) -> Timing:
+    return Timing(*(round(1e6 * each, 3) for each in summary(seconds)))
 
 
 def measure(
@@ -70,7 +76,7 @@ def measure(
     until = time.perf_counter() + min_seconds * len(peers)
     for count in itertools.count():
         if count >= samples and time.perf_counter() >= until:
-            return {name: _summary(seconds) for name, seconds in found.items()}
+            return {name: _microseconds(seconds) for name, seconds in found.items()}
         for name, timer in timers.items():
             found[name].append(timer())
     raise AssertionError

@@ -46,12 +46,12 @@ def microseconds(row: Row, column: str) -> float | None:
 
 
 def median(row: Row) -> float | None:
-    return microseconds(row, "median_us") or microseconds(row, "median_s")
+    return next(filter(None, (microseconds(row, name) for name in ("median_us", "median_s", "measured_s"))), None)
 
 
 def spread(row: Row) -> float | None:
     """p80 − p20, µs."""
-    low, high = microseconds(row, "p20_us"), microseconds(row, "p80_us")
+    low, high = (microseconds(row, f"{end}_us") or microseconds(row, f"{end}_s") for end in ("p20", "p80"))
     return None if low is None or high is None else high - low
 
 

@@ -48,7 +48,10 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML; every key is documented in training/configs/kontext_lora.yaml")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML, or the name of one in training/configs; kontext_lora.yaml documents every key"),
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Train a LoRA on multi-turn trajectories of your own images.
@@ -65,7 +68,7 @@ def train(
 
 @app.command()
 def memory(
-    config: Annotated[Path, typer.Argument(help="YAML, e.g. training/configs/qwen_image_edit_8gpu.yaml")],
+    config: Annotated[Path, typer.Argument(help="YAML, or the name of one in training/configs: qwen_image_edit_8gpu")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="how many the run is divided over")] = 1,
 ) -> None:
@@ -78,8 +81,14 @@ def memory(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML, e.g. training/configs/kontext_8gpu.yaml")],
+    config: Annotated[
+        str | None, typer.Argument(help="YAML, or the name of one in training/configs: kontext_8gpu")
+    ] = None,
     overrides: Overrides = None,
+    editor: Annotated[
+        str | None,
+        typer.Option(help="kontext, qwen or klein in place of CONFIG: what training/configs has for so many GPUs"),
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option(help="number and kind, e.g. 8xH100: A100, H100, H200, B200; default: this machine, as --probe"),
@@ -95,14 +104,21 @@ def plan(
 ) -> None:
     """Predict what a run takes before it starts: seconds per iteration by phase, memory, GPU hours.
 
+    mtedit-fast plan --editor kontext --gpus 8xH100 rollout.group_size=8
+
     Operations are counted from the configuration, on no device. What a GPU makes of them is assumed (--utilisation)
     unless it is measured: on a machine of the kind the run is for, --probe loads the model and runs two groups.
     """
     from mtedit_fast.training import plan as planner
     from mtedit_fast.training.config_file import load_config
 
-    loaded = load_config(config, overrides or [])
     number, gpu = planner.parse_gpus(gpus) if gpus is not None else (1, None)
+    given = [text for text in (config, *(overrides or [])) if text is not None]
+    if editor is not None:
+        given.insert(0, planner.configuration_of(editor, number))
+    if not given:
+        raise ValueError("config: expected a YAML file, or --editor; got neither")
+    loaded = load_config(given[0], given[1:])
     if probe or gpu is None:
         rates = planner.probe(loaded)
     else:

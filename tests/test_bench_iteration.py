@@ -177,6 +177,7 @@ def test_a_row_follows_from_its_times(tmp_path):
     assert (row.op, row.variant, row.dtype, row.backend) == ("iteration", "playground nft, zero_std", "fp32", "neither")
     assert row.shape == "1x3x2x64 in 2, 2 draws by 4|2|5"
     assert (row.trajectories, row.images, row.repetitions) == (3, 6, 1)
+    assert row.p20_s == row.median_s == row.p80_s
     assert 0 < row.kept_rows <= 3
     assert row.speedup == pytest.approx(row.loop_s / row.median_s, rel=1e-2)
     assert row.images_per_s == pytest.approx(6 / row.median_s, rel=1e-2)

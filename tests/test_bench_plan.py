@@ -25,6 +25,7 @@ def test_a_row_follows_from_its_parts(tmp_path, capsys, monkeypatch):
     (row,) = rows(out)
     for kind, total in (("", "measured_s"), ("predicted_", "predicted_s")):
         assert sum(float(row[f"{kind}{phase}_s"]) for phase in PHASES) == pytest.approx(float(row[total]), abs=2e-4)
+    assert row["p20_s"] == row["p80_s"] == row["measured_s"]  # one repetition
     apart = 100 * (float(row["predicted_s"]) / float(row["measured_s"]) - 1)
     assert float(row["error_percent"]) == pytest.approx(apart, abs=0.2)
     assert abs(float(row["error_bytes_percent"])) < 15

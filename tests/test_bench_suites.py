@@ -216,7 +216,9 @@ def test_rows_that_do_not_repeat_are_flagged():
     assert report.repeats([one, two | {"commit": "bbbb"}]) == []
     assert report.repeats([one, two | {"p20_us": ""}]) == []
     assert report.spread(one) == 1.0
-    assert report.median({"median_s": "2.5"}) == 2.5e6
+    assert report.median({"median_s": "2.5"}) == report.median({"measured_s": "2.5"}) == 2.5e6
+    assert report.median({"error": "1"}) is None
+    assert report.spread({"p20_s": "2.25", "p80_s": "2.5"}) == 0.25e6
     assert report.speedups(one) == {"eager": 2.0, "torch.compile": 0.5}
 
 

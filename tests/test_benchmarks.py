@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -93,6 +94,12 @@ def test_a_row_follows_from_its_times():
     assert row.speedup_compile is None
     assert row.error <= 1
     assert row.torch == torch.__version__
+
+
+def test_a_summary_is_median_and_percentiles():
+    values = [3.0, 1.0, 4.0, 1.5, 9.0]
+    assert harness.summary(values) == pytest.approx(np.quantile(values, [0.5, 0.2, 0.8]))
+    assert harness.summary([2.0]) == (2.0, 2.0, 2.0)
 
 
 def test_times_are_microseconds_per_call_and_peers_take_turns():

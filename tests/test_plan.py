@@ -165,5 +165,29 @@ def test_the_command(monkeypatch, capsys):
     assert "8 × H200 SXM, 40% of its data sheet's rate assumed, rewards left out" in out
     assert "prediction" in out
     assert "10 iterations" in out
+    assert run(monkeypatch, "plan", "flux2_klein_8gpu", "--gpus", "8xH200", "--kept", 0.5, "run.iterations=10") == 0
+    assert " ".join(capsys.readouterr().out.split()) == out
     assert run(monkeypatch, "plan", path, "--gpus", "8xV100") == 2
     assert "gpus: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("editor", "gpus"), [("kontext", "8xH100"), ("qwen", "20xB200"), ("klein", "A100")])
+def test_the_command_by_editor(monkeypatch, capsys, editor, gpus):
+    options = ("--gpus", gpus, "--reward-seconds", 0.1, "--utilisation", 0.5, "rollout.group_size=8")
+    assert run(monkeypatch, "plan", "--editor", editor, *options) == 0
+    out = capsys.readouterr().out
+    number, gpu = planner.parse_gpus(gpus)
+    counts = {8: 8, 20: 16, 1: 1}
+    path = CONFIGS / f"{planner.EDITORS[editor]}_{counts[number]}gpu.yaml"
+    config = load_config(path, ["rollout.group_size=8"])
+    rates = planner.assumed_rates(config, gpu, utilisation=0.5, reward_seconds=0.1)
+    assert f"{planner.plan(config, number, rates).iteration:,.1f} s" in out
+
+
+def test_the_command_says_what_it_lacks(monkeypatch, capsys):
+    assert run(monkeypatch, "plan", "--gpus", "8xH100") == 2
+    assert "config: expected a YAML file, or --editor; got neither" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "plan", "--editor", "sdxl", "--gpus", "8xH100") == 2
+    assert "editor: expected one of kontext, qwen, klein" in " ".join(capsys.readouterr().err.split())
+    assert run(monkeypatch, "plan", CONFIGS / "demo.yaml", "--editor", "klein", "--gpus", "8xH100") == 2
+    assert "expected key=value" in " ".join(capsys.readouterr().err.split())

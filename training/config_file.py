@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from mtedit_fast.training.config import TrainConfig
 
 Schema = TypeVar("Schema", bound=BaseModel)
+CONFIGS = Path(__file__).with_name("configs")
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,7 +42,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read a configuration from a YAML file or a mapping, then apply overrides such as `rollout.eta=0.9`.
 
-    An override's key is dotted, with an index for a list (`rewards.1.weight=0.5`); its value is YAML. ValueError names
+    Those that come with the package are known by name, too: `kontext_8gpu` is training/configs/kontext_8gpu.yaml. An
+    override's key is dotted, with an index for a list (`rewards.1.weight=0.5`); its value is YAML. ValueError names
     every wrong key, with the nearest valid one, and every wrong value, with what was expected.
     """
     name = "config"
@@ -51,7 +53,10 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         name = str(source)
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"config: no file {name}; expected a YAML file, such as those in training/configs")
+            path = CONFIGS / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(each.stem for each in CONFIGS.glob("*.yaml")))
+            raise ValueError(f"config: no file {name}; expected a YAML file, or one of {known}")
         try:
             data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except yaml.YAMLError as error:

@@ -50,6 +50,18 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     return int(number or 1), GPUS[kind]
 
 
+EDITORS = {"kontext": "kontext", "qwen": "qwen_image_edit", "klein": "flux2_klein"}
+GPU_COUNTS = (16, 8, 1)
+"""That training/configs has configurations for, of each editor."""
+
+
+def configuration_of(editor: str, gpus: int) -> str:
+    """The name of what training/configs has for `editor` and at most `gpus` GPUs."""
+    if editor not in EDITORS:
+        raise ValueError(f"editor: expected one of {', '.join(EDITORS)}, or a configuration; got {editor!r}")
+    return f"{EDITORS[editor]}_{next(count for count in GPU_COUNTS if count <= gpus)}gpu"
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOPs of one iteration on the busiest GPU, a multiply-add counted as 2, by phase and part; rewards are not in it.

@@ -1,4 +1,4 @@
-"""The rollout half of an iteration: trajectories of the sampling policy, and their rewards, on a GPU while sampling goes on."""
+"""The rollout half of an iteration: trajectories of the sampling policy, and their rewards, on a GPU meanwhile."""
 
 from __future__ import annotations
 
