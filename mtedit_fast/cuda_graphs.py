@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+capture = partial(torch.cuda.graph, capture_error_mode="thread_local")
+"""`with capture(graph):` records the calls of this thread alone: others, where rewards are scored, may go on."""
 WARM_UP = 3
 """Calls on a side stream before a capture: libraries choose their kernels and allocate workspaces in them."""
 
@@ -78,7 +81,7 @@ class CapturedCall:
                 function(*held)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with capture(self.graph):
             self.out = function(*held)
 
     def __call__(self) -> Tensor:

@@ -235,7 +235,7 @@ def _denoise(
             trajectories.latents[rows, turn, 0] = latents
         velocity = editor.velocity(latents, trajectories.timesteps[step], condition)
         trajectories.finite[rows, turn, step] = velocity.flatten(1).sum(1, dtype=torch.float32).isfinite()
-        if trajectories.estimates is not None and 0 <= position <= len(steps):
+        if trajectories.estimates is not None and 0 <= position < trajectories.estimates.shape[2]:
             trajectories.estimates[rows, turn, position] = _clean_estimate(trajectories, latents, velocity, step)
         if solver is not None:
             estimate = _clean_estimate(trajectories, latents, velocity, step)

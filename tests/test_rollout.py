@@ -281,6 +281,8 @@ def test_estimates_are_the_clean_images_the_states_point_to(editor, references):
     to_the_end = replace(config, window=(2, 4))
     result = rollout(editor, references, PROMPTS, to_the_end, sample_seeds(0, 0, 8))
     assert torch.equal(result.estimates[:, :, -1], result.clean)
+    deterministic = rollout(editor, references, PROMPTS, replace(config, variant="ode"), sample_seeds(0, 0, 8))
+    assert deterministic.estimates.shape[2] == deterministic.latents.shape[2] == 0
 
 
 def test_groups_are_handed_over_while_sampling_goes_on(editor, references):

@@ -69,9 +69,9 @@ def evaluate(
     rank, world = distributed.process()
     mine = distributed.share(-(-count // world) * world, rank, world)
     records = [chains[min(index, count - 1)] for index in mine]
-    settings = replace(
-        sampler, variant="ode", window=None, group_size=1, num_steps=config.num_steps or sampler.num_steps
-    )
+    steps = config.num_steps or sampler.num_steps
+    plain = {"variant": "ode", "window": None, "group_size": 1, "keep_means": False, "keep_estimates": False}
+    settings = replace(sampler, num_steps=steps, **plain)
     seeds = sample_seeds(config.seed, 0, mine.stop)[mine.start :]
     parts: list[dict[str, Tensor]] = []
     size = 8 * settings.micro_batch  # bounds the trajectories held at once

@@ -73,10 +73,11 @@ class RewardStream:
 
     def _score(self, batch: RewardBatch, ready: torch.cuda.Event) -> dict[str, Tensor]:
         """On a stream of its own, behind what has decoded these images."""
-        with torch.cuda.stream(torch.cuda.Stream(batch.edits.device)) as stream:
+        stream = torch.cuda.Stream(batch.edits.device)
+        with torch.cuda.stream(stream):
             ready.wait(stream)
             values = score(self._rewards, batch)
-            stream.synchronize()
+        stream.synchronize()
         return values
 
     def result(self) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtedit_fast.cuda_graphs import capture
+
 from .backends import load_backend
 from .manifest import verify_engine
 from .ports import DTYPES
@@ -150,6 +152,6 @@ class TensorRTModule(ExportedModule):
     def _capture(self, context: Any, values: dict[str, Tensor]) -> _Captured:
         inputs = {name: value if name in self._lora else value.clone() for name, value in values.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(graph):
             outputs = self._enqueue(context, inputs)
         return _Captured(graph, inputs, outputs, self._memory.generation)
