@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_backends import GPU
 from tiny import SIZE, needs_fp8, tiny_editor
 from tiny_train import tiny_trainer
 
@@ -94,15 +95,15 @@ def test_gradient_is_the_policy_gradient_of_the_whole_batch(tmp_path):
     trainer = tiny_trainer(tmp_path, "optimizer.max_grad_norm=1e9", "model.lora.rank=2")
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
-    advantage = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
-    keep = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
+    advantage = torch.randn(8, 2, generator=torch.Generator().manual_seed(1)).to(GPU)
+    keep = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool, device=GPU)
     collected = []
     trainer.optimizer.step = lambda: collected.extend(p.grad.clone() for p in trainer.update.parameters)
     trainer.update(trainer.learning_batch(trajectories, AdvantageResult(advantage, keep, {})))
 
-    total = torch.zeros(())
+    total = torch.zeros((), device=GPU)
     for turn in range(2):
         for position in range(2):
             step = trajectories.steps[position]
@@ -221,15 +222,15 @@ def test_lora_export_loads_in_the_stock_pipeline(tmp_path):
     trainer = tiny_trainer(tmp_path, "run.iterations=1", "optimizer.lr=0.01")
     list(trainer.fit())
     path = trainer.export()
-    stock = tiny_editor()
+    stock = tiny_editor(device=GPU)
     stock.pipeline.load_lora_weights(path)
     record = trainer.chains[0]
-    references, text = stock.encode_image(record.image[None]), stock.encode_text(record.instructions[:1])
-    latents = torch.randn(1, 16, 64)
+    references, text = stock.encode_image(record.image[None].to(GPU)), stock.encode_text(record.instructions[:1])
+    latents, timestep = torch.randn(1, 16, 64).to(GPU), torch.tensor(700.0, device=GPU)
 
     def velocity(editor):
         condition = editor.condition(references, text, height=64, width=64, guidance_scale=1.0)
-        return editor.velocity(latents, torch.tensor(700.0), condition)
+        return editor.velocity(latents, timestep, condition)
 
     with torch.no_grad():
         exported = velocity(stock)
@@ -281,7 +282,7 @@ def test_importance_weights_multiply_the_loss(tmp_path):
     trajectories, rewards = trainer.sample(records, iteration=0)
     batch = trainer.learning_batch(trajectories, trainer.advantages(trajectories, rewards, records))
     chunk = trainer.objective.shares(batch, 1)[0][0]
-    shift = torch.linspace(-0.3, 0.9, len(chunk.rows))
+    shift = torch.linspace(-0.3, 0.9, len(chunk.rows), device=GPU)
 
     def loss(move):
         stored = batch.trajectories.log_probs.clone()

@@ -33,5 +33,5 @@ def tiny_pipeline(dtype: torch.dtype = torch.float32) -> FluxKontextPipeline:
     return pipeline.to(dtype=dtype)
 
 
-def tiny_editor(dtype: torch.dtype = torch.float32) -> KontextEditor:
-    return KontextEditor(tiny_pipeline(dtype), max_sequence_length=MAX_TOKENS)
+def tiny_editor(dtype: torch.dtype = torch.float32, device: str = "cpu") -> KontextEditor:
+    return KontextEditor(tiny_pipeline(dtype).to(device), max_sequence_length=MAX_TOKENS)

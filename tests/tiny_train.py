@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from op_backends import GPU  # where the trainer trains
 from tiny import SIZE, tiny_editor
 
 from mtedit_fast.training.config import TrainConfig
@@ -43,7 +44,7 @@ def tiny_trainer(folder: Path, *overrides: str) -> Trainer:
     if not (folder / "data").exists():
         write_dataset(folder / "data", 6, turns=2)
     chains = EditChains(config.data.path, turns=config.rollout.turns, resolution=SIZE, seed=config.run.seed)
-    return Trainer(tiny_editor(), chains, config, held_out=chains)
+    return Trainer(tiny_editor(device=GPU), chains, config, held_out=chains)
 
 
 if __name__ == "__main__":
