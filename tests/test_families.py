@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_backends import GPU
 from tiny import SIZE
 from tiny_families import tiny_klein, tiny_qwen
 from tiny_train import tiny_config
@@ -19,8 +20,8 @@ GUIDED = ["rollout.guidance_scale=2.0", "rollout.max_sequence_length=96"]
 
 def editor_of(family):
     if family == "flux2_klein":
-        return KleinEditor(tiny_klein(is_distilled=False), max_sequence_length=96, negative_prompt="")
-    return QwenEditor(tiny_qwen(), max_sequence_length=96, negative_prompt=" ")
+        return KleinEditor(tiny_klein(is_distilled=False).to(GPU), max_sequence_length=96, negative_prompt="")
+    return QwenEditor(tiny_qwen().to(GPU), max_sequence_length=96, negative_prompt=" ")
 
 
 def trainer_of(folder, family, *overrides):
@@ -54,13 +55,13 @@ def test_old_and_reference_rows_in_one_guided_forward(tmp_path, family):
             parameter.normal_(std=0.2)
     adapters.update_old(0.0)
     text, (tokens, channels) = editor.encode_text(["add a circle"] * 4), editor.latent_shape(SIZE, SIZE)
-    latents, references = torch.randn(2, 4, tokens, channels)
+    latents, references = torch.randn(2, 4, tokens, channels).to(GPU)
     latents[2:], references[2:] = latents[:2], references[:2]
 
     def velocity(rows):
         own = {name: value[rows] for name, value in text.items()}
         condition = editor.condition(references[rows], own, height=SIZE, width=SIZE, guidance_scale=3.0)
-        return editor.velocity(latents[rows], torch.tensor(600.0), condition)
+        return editor.velocity(latents[rows], torch.tensor(600.0, device=GPU), condition)
 
     with adapters.rows(old=2, reference=2):
         together = velocity(slice(0, 4))

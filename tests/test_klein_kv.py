@@ -23,6 +23,7 @@ from klein_truth import (
     uncached,
     velocity,
 )
+from op_backends import GPU
 from tiny_families import tiny_klein, tiny_klein_kv
 from tiny_train import tiny_config
 from torch.distributed.fsdp import FSDPModule
@@ -198,7 +199,7 @@ def test_replay_with_gradient_has_the_rollouts_bits_under_checkpointing(autocast
 def test_a_step_is_taken_and_the_next_iteration_extracts_anew(tmp_path):
     config = tiny_config(tmp_path, ["model.family=flux2_klein", "run.iterations=2", "data.resolution=16"])
     write_dataset(tmp_path / "data", 4, turns=2)
-    editor = editor_of()
+    editor = KleinKVEditor(tiny_klein_kv().to(GPU), max_sequence_length=LENGTH)
     trainer = Trainer(editor, EditChains(config.data.path, turns=2, resolution=16), config)
     for iteration, metrics in enumerate(trainer.fit()):
         assert metrics["update/steps"] == 1

@@ -16,6 +16,7 @@ from klein_truth import (
     uncached,
     velocity,
 )
+from op_backends import GPU
 from peft import LoraConfig
 from tiny_families import tiny_klein_kv
 from tiny_train import tiny_config
@@ -216,7 +217,7 @@ def test_the_gradient_of_an_iteration_is_that_without_a_cache(monkeypatch, tmp_p
                 *objective,
             ],
         )
-        editor = kind(tiny_klein_kv().to(dtype=torch.float64), max_sequence_length=LENGTH, **options)
+        editor = kind(tiny_klein_kv().to(GPU, torch.float64), max_sequence_length=LENGTH, **options)
         trainer = Trainer(editor, EditChains(config.data.path, turns=2, resolution=16), config)
         with torch.no_grad():
             for parameter in trainer.adapters.parameters:

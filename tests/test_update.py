@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_backends import GPU
 from tiny_train import tiny_trainer
 
 from mtedit_fast.ops import advantage_to_reward, seeded_noise
@@ -11,7 +12,7 @@ from mtedit_fast.training.advantages import AdvantageResult
 from mtedit_fast.training.memory import graph_bytes, rows_within
 from mtedit_fast.training.update import Chunk, UpdateStats
 
-KEEP = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
+KEEP = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool, device=GPU)
 
 
 def trained(folder, *overrides, old_decay=None):
@@ -19,16 +20,20 @@ def trained(folder, *overrides, old_decay=None):
     trainer = tiny_trainer(folder, "optimizer.max_grad_norm=1e9", *overrides)
     generator = torch.Generator().manual_seed(0)
     for parameter in trainer.adapters.parameters:
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(GPU)
     if old_decay is not None:
         trainer.adapters.update_old(old_decay)
     trainer.adapters.stepped()
     return trainer
 
 
+def chunk_of(rows, turn, index):
+    return Chunk(torch.tensor(rows, device=GPU), turn, torch.tensor(index, device=GPU))
+
+
 def batch_of(trainer, keep=KEEP):
     trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
-    advantage = torch.randn(8, trajectories.turns, generator=torch.Generator().manual_seed(1))
+    advantage = torch.randn(8, trajectories.turns, generator=torch.Generator().manual_seed(1)).to(GPU)
     return trainer.learning_batch(trajectories, AdvantageResult(advantage * keep[:, None], keep, {}))
 
 
@@ -52,12 +57,13 @@ def close(first, second, tolerance):
 
 def three_forward_loop(trainer, batch):
     """DiffusionNFT as its public trainer runs it, x̂₀ form: three serial forwards of one sample after the other."""
-    config, trajectories, total = trainer.config.objective, batch.trajectories, torch.zeros((), dtype=torch.float64)
+    config, trajectories = trainer.config.objective, batch.trajectories
+    total = torch.zeros((), dtype=torch.float64, device=GPU)
     samples = len(trajectories) * trajectories.turns * config.draws
     for turn in range(trajectories.turns):
         for row in range(len(trajectories)):
             for draw in range(config.draws):
-                chunk = Chunk(torch.tensor([row]), turn, torch.tensor([draw]))
+                chunk = chunk_of([row], turn, [draw])
                 clean = trajectories.clean[[row], turn]
                 t = nft.times(trajectories, chunk, config.draws, spread=config.times, shared=False)
                 seeds = turn_seeds(trajectories.seeds[[row]], turn) + draw * nft._SPREAD
@@ -112,7 +118,7 @@ def test_no_row_of_old_or_reference_has_a_graph_and_skipped_passes_do_not_run(tm
 def test_activations_saved_do_not_grow_with_old_and_reference(tmp_path):
     trainer = trained(tmp_path, "objective.name=nft", "objective.kl_weight=1e-4", old_decay=0.4)
     batch = batch_of(trainer)
-    chunk = Chunk(torch.tensor([0, 1, 2]), 0, torch.tensor([0, 1, 0]))
+    chunk = chunk_of([0, 1, 2], 0, [0, 1, 0])
 
     def loss():
         return trainer.objective.loss(batch, chunk, UpdateStats())
@@ -137,7 +143,7 @@ def test_the_cut_into_forwards_does_not_change_the_gradient(tmp_path, name):
 
 def test_cost_falls_with_what_compaction_drops(tmp_path):
     for name, per_row in (("grpo", 2 * 2), ("nft", 2 * 2)):  # turns × stored steps, turns × draws
-        for keep in (KEEP, torch.arange(8) < 2):
+        for keep in (KEEP, torch.arange(8, device=GPU) < 2):
             folder = tmp_path / f"{name}{int(keep.sum())}"
             trainer = trained(folder, f"objective.name={name}", "optimizer.forward_rows=4")
             trainer.adapters.update_old(0.0) if name == "nft" else None
@@ -185,8 +191,8 @@ def test_crd_takes_whole_groups(tmp_path):
 def test_noise_levels_are_spread_and_reproducible(tmp_path, spread):
     trainer = trained(tmp_path, "objective.name=nft", f"objective.times={spread}", "rollout.group_size=8")
     trajectories = trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0]
-    rows = torch.arange(16).repeat_interleave(2)
-    chunk = Chunk(rows, 1, torch.tensor([0, 1] * 16))
+    rows = torch.arange(16, device=GPU).repeat_interleave(2)
+    chunk = Chunk(rows, 1, torch.tensor([0, 1] * 16, device=GPU))
     t = nft.times(trajectories, chunk, 2, spread=spread, shared=False).view(16, 2)
     again = nft.times(trajectories, Chunk(rows[6:8], 1, chunk.index[6:8]), 2, spread=spread, shared=False)
     assert torch.equal(again, t[3])
@@ -221,7 +227,7 @@ def test_nan_gradient_is_skipped_counted_and_given_up(tmp_path):
 def test_a_batch_without_kept_rows_takes_no_step(tmp_path, name):
     trainer = tiny_trainer(tmp_path, f"objective.name={name}", "optimizer.forward_rows=4")
     before = {name: value.clone() for name, value in trainer.adapter().items()}
-    got, rows = gradients(trainer, batch_of(trainer, torch.zeros(8, dtype=torch.bool)))
+    got, rows = gradients(trainer, batch_of(trainer, torch.zeros(8, dtype=torch.bool, device=GPU)))
     assert (got, rows) == ([], [])
     assert all(torch.equal(before[name], value) for name, value in trainer.adapter().items())
 
@@ -230,7 +236,7 @@ def test_memory_budget_sets_the_rows(tmp_path):
     trainer = trained(tmp_path, "optimizer.memory_gib=0.03")
     batch = batch_of(trainer)
     rows = trainer.objective.forward_rows
-    chunk = Chunk(torch.zeros(rows, dtype=torch.int64), 0, torch.zeros(rows, dtype=torch.int64))
+    chunk = chunk_of([0] * rows, 0, [0] * rows)
     used = graph_bytes(lambda: trainer.objective.loss(batch, chunk, UpdateStats()))
     assert rows > 1
     assert used <= 0.03 * 2**30 < used * (rows + 2) / rows
@@ -255,5 +261,5 @@ def test_dense_credit_gives_each_step_its_own_advantage(tmp_path):
     result = trainer.advantages(trajectories, rewards, trainer.chains.batch(0, 2))
     assert result.advantages.shape == (8, 2, 2)
     batch = trainer.learning_batch(trajectories, result)
-    chunk = Chunk(torch.tensor([3, 5]), 1, torch.tensor([1, 0]))
+    chunk = chunk_of([3, 5], 1, [1, 0])
     assert torch.equal(batch.advantage(chunk), torch.stack([result.advantages[3, 1, 1], result.advantages[5, 1, 0]]))
