@@ -25,9 +25,12 @@ def editor_of(family):
 
 
 def trainer_of(folder, family, *overrides):
-    config = tiny_config(folder, [f"model.family={family}", "run.iterations=1", *GUIDED, *overrides])
+    editor = editor_of(family)
+    editor.pipeline.save_pretrained(folder / "model")  # whose sizes are estimated on a GPU
+    own = [f"model.family={family}", f"model.path={folder / 'model'}", "run.iterations=1"]
+    config = tiny_config(folder, [*own, *GUIDED, *overrides])
     write_dataset(folder / "data", 4, turns=2)
-    return Trainer(editor_of(family), EditChains(config.data.path, turns=2, resolution=SIZE), config)
+    return Trainer(editor, EditChains(config.data.path, turns=2, resolution=SIZE), config)
 
 
 @pytest.mark.parametrize("family", ["flux2_klein", "qwen_image_edit"])

@@ -197,9 +197,11 @@ def test_replay_with_gradient_has_the_rollouts_bits_under_checkpointing(autocast
 
 
 def test_a_step_is_taken_and_the_next_iteration_extracts_anew(tmp_path):
-    config = tiny_config(tmp_path, ["model.family=flux2_klein", "run.iterations=2", "data.resolution=16"])
-    write_dataset(tmp_path / "data", 4, turns=2)
     editor = KleinKVEditor(tiny_klein_kv().to(GPU), max_sequence_length=LENGTH)
+    editor.pipeline.save_pretrained(tmp_path / "model")  # whose sizes are estimated on a GPU
+    own = ["model.family=flux2_klein_kv", f"model.path={tmp_path / 'model'}"]
+    config = tiny_config(tmp_path, [*own, "run.iterations=2", "data.resolution=16"])
+    write_dataset(tmp_path / "data", 4, turns=2)
     trainer = Trainer(editor, EditChains(config.data.path, turns=2, resolution=16), config)
     for iteration, metrics in enumerate(trainer.fit()):
         assert metrics["update/steps"] == 1

@@ -262,4 +262,5 @@ def test_dense_credit_gives_each_step_its_own_advantage(tmp_path):
     assert result.advantages.shape == (8, 2, 2)
     batch = trainer.learning_batch(trajectories, result)
     chunk = chunk_of([3, 5], 1, [1, 0])
-    assert torch.equal(batch.advantage(chunk), torch.stack([result.advantages[3, 1, 1], result.advantages[5, 1, 0]]))
+    expected = torch.stack([result.advantages[3, 1, 1], result.advantages[5, 1, 0]])
+    assert torch.equal(batch.advantage(chunk).cpu(), expected)
