@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class RewardStream:
         self._parts.append(self._worker.submit(self._score, batch, ready).result)
 
     def _score(self, batch: RewardBatch, ready: torch.cuda.Event) -> dict[str, Tensor]:
-        """On a stream of its own, behind what has decoded these images."""
-        stream = torch.cuda.Stream(batch.edits.device)
+        """On a stream of their own, behind what has decoded these images."""
+        stream = _stream(batch.edits.device)
         with torch.cuda.stream(stream):
             ready.wait(stream)
             values = score(self._rewards, batch)
@@ -84,6 +84,12 @@ class RewardStream:
         """{name: fp32 [B, K]} of everything submitted, in order."""
         parts = [part() for part in self._parts]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole run: the allocator keeps memory per stream, and a new one would take its own."""
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
