@@ -58,7 +58,7 @@ def evaluate(
     """Edit the first `config.chains` chains with the ODE and score them.
 
     Args:
-        sampler: the rollout's settings; variant, window and group size are replaced.
+        sampler: the rollout's settings; variant, window, group size and what is kept for an update are replaced.
         progress: called with the number of edits made, N·K in all.
 
     Raises:
@@ -69,9 +69,15 @@ def evaluate(
     rank, world = distributed.process()
     mine = distributed.share(-(-count // world) * world, rank, world)
     records = [chains[min(index, count - 1)] for index in mine]
-    steps = config.num_steps or sampler.num_steps
-    plain = {"variant": "ode", "window": None, "group_size": 1, "keep_means": False, "keep_estimates": False}
-    settings = replace(sampler, num_steps=steps, **plain)
+    settings = replace(
+        sampler,
+        variant="ode",
+        window=None,
+        group_size=1,
+        num_steps=config.num_steps or sampler.num_steps,
+        keep_means=False,  # what an update needs
+        keep_estimates=False,
+    )
     seeds = sample_seeds(config.seed, 0, mine.stop)[mine.start :]
     parts: list[dict[str, Tensor]] = []
     size = 8 * settings.micro_batch  # bounds the trajectories held at once
