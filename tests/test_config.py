@@ -172,6 +172,13 @@ def test_wrong_files(text, message, tmp_path):
         load_config(path)
 
 
+def test_configurations_of_the_package_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("kontext_8gpu") == load_config(CONFIGS / "kontext_8gpu.yaml")
+    (tmp_path / "demo").write_text("data: {path: mine.jsonl}")
+    assert load_config("demo", ["rewards=[{name: a, path: 'b:c'}]"]).data.path == "mine.jsonl"  # a file comes first
+
+
 def test_missing_file_is_named():
     with pytest.raises(ValueError, match=r"config: no file nowhere\.yaml; expected a YAML file"):
         load_config("nowhere.yaml")
