@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from op_backends import TRITON_VERSION
+import triton
 
 Row = dict[str, Any]
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 STACK = 0 if TRITON_VERSION >= (3, 9) else 72
 """Bytes of a thread's registers that may be spilled: ptxas of Triton 3.6 to 3.8 does so in a few of the kernels."""
 
