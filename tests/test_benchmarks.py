@@ -1,6 +1,7 @@
 """The bench harness: what it times, what it counts, and what it refuses."""
 
 import csv
+import importlib
 import math
 import os
 import subprocess
@@ -123,6 +124,19 @@ def test_inputs_rotate_past_the_cache():
     assert harness.rotations(1, CPU) <= 1000
     size = 16 << 20
     assert harness.rotations(size, CPU) * size >= min(2 * cache, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    "op", ["sde_step", "nft_loss", "digit_score", "attention_columns", "token_similarity", "crop_resize"]
+)
+def test_input_sets_take_no_more_memory_than_their_number_allows_for(op):
+    """There are as many as fill a cache by the bytes that a call reads: what it does not read would fill the memory."""
+    ops = importlib.import_module(f"bench_{op}").BENCH
+    for variant in ops.variants:
+        one = ops.case(variant, ops.small, torch.float32, CPU)
+        tensors = [x for x in one.inputs(torch.Generator().manual_seed(0)) if isinstance(x, torch.Tensor)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        assert sum(storages.values()) <= 8 * one.bytes, variant
 
 
 def test_rows_are_appended_under_one_header(tmp_path):
