@@ -231,7 +231,9 @@ class Session:
             self.known.add(self.done(name))
             return True
         self.failed.append(name)
-        self.say(f"== {name}: {'ran out of time' if code is None else f'failed ({code})'}")
+        killed = "was killed, as a system does that runs out of memory"
+        why = "ran out of time" if code is None else killed if code == -signal.SIGKILL else f"failed ({code})"
+        self.say(f"== {name}: {why}")
         return False
 
 

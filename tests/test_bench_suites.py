@@ -45,7 +45,7 @@ with out.open("a", newline="") as file:
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """Makes sessions on a folder of benches of its own: one that appends a row, one that fails, one that hangs."""
+    """Makes sessions on a folder of benches of its own: one appends a row, others fail, hang or are killed."""
     here = {"COMMIT": record.commit(), "DEVICE": record.device_name(CPU)}
     setting = "\n".join(f"{name} = {value!r}" for name, value in here.items())
     folder = tmp_path / "benchmarks"
@@ -53,6 +53,7 @@ def session(tmp_path, monkeypatch):
     (folder / "bench_one.py").write_text(setting + BENCH)
     (folder / "bench_two.py").write_text("raise SystemExit(3)\n")
     (folder / "bench_three.py").write_text("import time\nprint('waits', flush=True)\ntime.sleep(600)\n")
+    (folder / "bench_four.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr(suites, "HERE", folder)
 
     def made(seconds: float = 1000.0, *, fresh: bool = False, tests: bool = False) -> suites.Session:
@@ -85,12 +86,14 @@ def test_what_fails_or_hangs_is_named_and_the_others_go_on(session, monkeypatch)
     own, start = session(), time.monotonic()
     own.bench(replace(STEP, bench="two"))
     own.bench(replace(STEP, bench="three", options="", seconds=3))
+    own.bench(replace(STEP, bench="four", options=""))
     own.bench(STEP)
     assert time.monotonic() - start < 300
-    assert own.failed == ["two --words 'a b'", "three"]
+    assert own.failed == ["two --words 'a b'", "three", "four"]
     log = own.log.read_text()
     assert "== two --words 'a b': failed (3)" in log
     assert "waits\n== three: ran out of time" in log
+    assert "== four: was killed, as a system does that runs out of memory" in log
     assert own.done(STEP.name) in log
 
 
