@@ -314,19 +314,20 @@ def test_the_kernel_does_a_row_alone_as_in_a_batch_bit_for_bit(dtype: torch.dtyp
 
 def test_views_equal_copies(backend: str) -> None:
     x = inputs(2, 12, 60)
-    tokens = torch.randn(2, 3, 24)
+    generator = torch.Generator().manual_seed(1)
+    tokens, *rows = (torch.randn(shape, generator=generator) for shape in ((2, 3, 24), (60, 20), (120, 12)))
     for hidden, weight in (
         (tokens[:, -1, ::2], x.weight),
         (tokens[:, 1, 5:17], x.weight.T.contiguous().T),
-        (x.hidden, torch.randn(60, 20)[:, 3:15]),
-        (x.hidden, torch.randn(120, 12)[::2]),
+        (x.hidden, rows[0][:, 3:15]),
+        (x.hidden, rows[1][::2]),
     ):
         for normalize in ("set", "vocab"):
             y = x._replace(hidden=hidden, weight=weight)
             copies = x._replace(hidden=hidden.contiguous(), weight=weight.contiguous())
             options = {"normalize": normalize, "vocab_size": 55}
             for one, other in zip(run(backend, y, **options), run(backend, copies, **options), strict=True):
-                assert one is None or torch.allclose(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+                assert one is None or torch.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_rows_of_the_score_tokens_are_enough_for_the_set(backend: str) -> None:
