@@ -23,6 +23,6 @@ BACKENDS = [
 def exact_products(tensor: torch.Tensor) -> torch.Tensor:
     """Eighths: the sum of a few hundred products of two such numbers has one value, whatever its order.
 
-    The interpreter's products are a library's, and some libraries round a row by its place in the tile.
+    On a CPU, interpreted or not, products are a library's, which may round by a row's place in a tile or by strides.
     """
     return (tensor * 8).round() / 8
