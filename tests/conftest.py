@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from op_backends import BACKENDS
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What fails fails again: numbers that a test draws do not depend on which tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=BACKENDS)
