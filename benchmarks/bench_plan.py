@@ -2,9 +2,10 @@
 
 mtedit-fast bench plan                  the playground's editor on a CPU, one change of the configuration after another
 
-A probe of two groups at the first configuration, and another at another size, gives the device's rates; every row is
-predicted from them and its own count of operations. Memory: what the update's graph and its largest block take by
-shapes, beside the most bytes of tensors that an update makes.
+A probe of two groups at the first configuration gives the device's rates, at another size one at that size; a row is
+predicted from them and its own count of operations. The probe and the row's iterations take turns, so that whatever
+else the machine does falls on both alike. Memory: what the update's graph and its largest block take by shapes, beside
+the most bytes of tensors that an update makes.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from mtedit_fast.training.config_file import load_config
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.memory import estimate, peak_bytes
 from mtedit_fast.training.playground.data import write_dataset
+from mtedit_fast.training.probe import Probe
 from mtedit_fast.training.run import load_editor
 from mtedit_fast.training.trainer import Trainer
 
@@ -56,7 +58,7 @@ FOLDER = tempfile.TemporaryDirectory()  # gone with the process
 
 @dataclass(frozen=True)
 class Row(record.Line):
-    """One line of a results file. Seconds of an iteration, predicted from one probe and measured, medians."""
+    """One line of a results file. Seconds of an iteration, predicted from a probe and measured, medians."""
 
     probe: str
     predicted_s: float
@@ -97,11 +99,6 @@ def data() -> Path:
     return folder
 
 
-@cache
-def rates(change: str) -> planner.Rates:
-    return planner.probe(settings(data(), change), repetitions=5)
-
-
 def update_bytes(trainer: Trainer) -> int:
     """Of the tensors that an update makes, the most that are alive at once."""
     names = trainer.chains.draw(0, trainer.config.rollout.groups_per_iteration)
@@ -114,9 +111,13 @@ def update_bytes(trainer: Trainer) -> int:
 def bench(columns: dict[str, Any], change: str, repetitions: int) -> Row:
     config = settings(data(), change)
     probed = change if change in OWN_PROBE else "base"
-    predicted = planner.plan(config, 1, rates(probed))
-    trainer = trainer_of(config)
-    calls = [trainer.step() for _ in range(repetitions + 1)][1:]
+    probe, trainer = Probe(settings(data(), probed)), trainer_of(config)
+    calls = []
+    for _ in range(repetitions + 1):
+        probe.round()
+        calls.append(trainer.step())
+    del calls[0]
+    predicted = planner.plan(config, 1, probe.rates())
     measured = {phase: median(call[f"seconds/{phase}"] for call in calls) for phase in predicted.seconds}
     total, memory = sum(measured.values()), sum(estimate(config).update.values())
     whole = harness.summary([sum(call[f"seconds/{phase}"] for phase in measured) for call in calls])
@@ -150,7 +151,7 @@ def describe(row: Row) -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--change", action="append", choices=CHANGES, help="only these rows")
-    parser.add_argument("--repetitions", type=int, default=3, help="iterations of a row, after one to warm up")
+    parser.add_argument("--repetitions", type=int, default=5, help="iterations of a row, after one to warm up")
 
 
 def jobs(args: argparse.Namespace) -> Iterator[command.Job]:

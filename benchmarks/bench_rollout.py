@@ -241,12 +241,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=["none", "blocks", "whole"], default="none")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--attention", help="back end of attention, the peer's too (mtedit_fast.editors.speed)")
-    parser.add_argument("--samples", type=int, default=3, help="timed rollouts per implementation, at least")
+    parser.add_argument("--samples", type=int, help="timed rollouts per implementation, at least (default: 3; tiny 15)")
 
 
 def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
     case = case_of(args)
-    yield command.Job(case.columns, partial(bench, case, min_seconds=args.min_seconds, samples=args.samples))
+    samples = args.samples or (15 if case.tiny else 3)  # tiny ones are short, and a shared machine's speed wanders
+    yield command.Job(case.columns, partial(bench, case, min_seconds=args.min_seconds, samples=samples))
 
 
 def prepare(editor: str, implementation: str) -> tuple[str, harness.Call]:

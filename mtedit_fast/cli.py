@@ -120,7 +120,9 @@ def plan(
         raise ValueError("config: expected a YAML file, or --editor; got neither")
     loaded = load_config(given[0], given[1:])
     if probe or gpu is None:
-        rates = planner.probe(loaded)
+        from mtedit_fast.training.probe import probe as measure
+
+        rates = measure(loaded)
     else:
         rates = planner.assumed_rates(loaded, gpu, utilisation=utilisation, reward_seconds=reward_seconds)
     Console().print(planner.plan(loaded, number, rates, kept=kept, gpu=gpu).table())

@@ -19,6 +19,7 @@ from mtedit_fast.training.config_file import load_config
 from mtedit_fast.training.data import EditChains
 from mtedit_fast.training.memory import estimate
 from mtedit_fast.training.playground.data import write_dataset
+from mtedit_fast.training.probe import Probe, probe
 from mtedit_fast.training.run import load_editor
 from mtedit_fast.training.trainer import Trainer
 
@@ -135,7 +136,7 @@ def test_a_probe_predicts_itself(tmp_path):
     write_dataset(tmp_path / "data", 2, turns=1)
     small = ["rollout.turns=1", "rollout.max_sequence_length=12", "data.resolution=64", "rollout.guidance_scale=1.0"]
     config = tiny_config(tmp_path, small)
-    rates = planner.probe(config, repetitions=1)
+    rates = probe(config, repetitions=1)
     assert min(rates.encode, rates.denoise, rates.decode, rates.update) > 1e6
     assert rates.reward > 0
     assert (rates.beside is not None) == torch.cuda.is_available()  # where rewards are scored meanwhile
@@ -144,6 +145,10 @@ def test_a_probe_predicts_itself(tmp_path):
     assert one.seconds["reward"] == pytest.approx(rates.reward * 4)
     assert planner.plan(config, 1, rates).seconds["update"] == pytest.approx(2 * one.seconds["update"])
     assert not (tmp_path / "run").exists()
+    once = Probe(config)
+    once.round()
+    with pytest.raises(ValueError, match="rounds: expected at least 2, the first to warm up; got 1"):
+        once.rates()
 
 
 @pytest.mark.parametrize("text", ["8xV100", "x", "0xH100", "-1xH100", "", "8"])

@@ -1,10 +1,9 @@
 """What an iteration of a configuration will take: its floating-point operations, counted on the meta device, over the
-rate that a device reaches. A prediction, which `probe` anchors in a measurement where there is a device to measure on.
+rate that a device reaches. A prediction, which probe.py anchors in a measurement where there is a device to measure on.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -189,54 +188,6 @@ def assumed_rates(
         beside=reward_seconds,
         source=f"{gpu.name}, {utilisation:.0%} of its data sheet's rate assumed"
         + ("" if reward_seconds else ", rewards left out"),
-    )
-
-
-def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
-    """The rates of this device: rollouts of one group of `config`, rewards included, and iterations of two, medians of
-    `repetitions` after a first. On a GPU what a rollout of two takes longer is what scoring costs sampling.
-
-    Loads the model and the rewards as training does, and writes nothing that stays.
-    """
-    from statistics import median
-
-    from mtedit_fast.training.data import EditChains
-    from mtedit_fast.training.run import load_editor
-    from mtedit_fast.training.trainer import Trainer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        two = _two_groups(config, folder)
-        chains = EditChains(two.data.path, turns=two.rollout.turns, resolution=two.data.size, seed=two.run.seed)
-        trainer = Trainer(load_editor(two, device), chains, two)
-        record = chains[chains.draw(0, 1)[0]]
-        alone, calls = [], []
-        for _ in range(repetitions + 1):
-            trainer.sample([record], iteration=0)
-            alone.append(trainer.timer.seconds())
-            calls.append(trainer.step())
-    work = count(two)
-    group = {part: median(each[part] for each in alone[1:]) for part in ("rollout", "reward", *work.rollout)}
-    both = {phase: median(call[f"seconds/{phase}"] for call in calls[1:]) for phase in ("rollout", "update")}
-    images = two.rollout.group_size * two.rollout.turns
-    cuda = device == "cuda"
-    return Rates(
-        **{part: flops / 2 / group[part] for part, flops in work.rollout.items()},
-        update=work.phases["update"] / both["update"],
-        reward=group["reward"] / images,
-        beside=max(0.0, both["rollout"] - 2 * group["rollout"]) / images if cuda else None,
-        source=f"{torch.cuda.get_device_name() if cuda else 'this CPU'}, measured on two groups",
-    )
-
-
-def _two_groups(config: TrainConfig, folder: str) -> TrainConfig:
-    """Of which every trajectory is learned from."""
-    return config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(update={"groups_per_iteration": 2}),
-            "advantage": config.advantage.model_copy(update={"filter": "none"}),
-            "run": config.run.model_copy(update={"output_dir": folder}),
-        }
     )
 
 
