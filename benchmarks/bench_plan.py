@@ -151,7 +151,7 @@ def describe(row: Row) -> str:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--change", action="append", choices=CHANGES, help="only these rows")
-    parser.add_argument("--repetitions", type=int, default=5, help="iterations of a row, after one to warm up")
+    parser.add_argument("--repetitions", type=int, default=4, help="iterations of a row, after one to warm up")
 
 
 def jobs(args: argparse.Namespace) -> Iterator[command.Job]:

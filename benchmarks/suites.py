@@ -135,7 +135,7 @@ STEPS = (
     ),
     Step("iteration", "iteration", "", "cpu", 2, 900, "iteration"),
     Step("iteration", "iteration", "--objective grpo", "cpu", 2, 600, "iteration"),
-    Step("plan", "plan", "", "cpu", 2, 600, "plan"),
+    Step("plan", "plan", "", "cpu", 2, 900, "plan"),
     Step("onestep", "onestep", "", "cpu", 2, 600, "onestep"),
     Step("update", "update", "", "cpu", 3, 600, "update"),
     Step("judge", "judge", "", "cpu", 2, 300, "judge"),

@@ -23,25 +23,31 @@ def probe(config: TrainConfig, *, repetitions: int = 2) -> Rates:
 
 
 class Probe:
-    """Rounds of a rollout of one group of `config`, rewards included, and an iteration of two.
+    """Rounds of an iteration of two groups of `config`, on a GPU also of a rollout of one, rewards included.
 
-    On a GPU what a rollout of two takes longer is what scoring costs sampling. Loads the model and the rewards as
-    training does, and writes nothing that stays. A round at a time, so that a bench can take turns with it.
+    There, rewards are scored beside the sampling: what a rollout of two takes longer than two is what that costs.
+    Loads the model and the rewards as training does, and writes nothing that stays. A round at a time, so that a bench
+    can take turns with it.
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        self._cuda = torch.cuda.is_available()
         self._folder = tempfile.TemporaryDirectory()
         self._config = two = _two_groups(config, self._folder.name)
         chains = EditChains(two.data.path, turns=two.rollout.turns, resolution=two.data.size, seed=two.run.seed)
-        self._trainer = Trainer(load_editor(two, "cuda" if torch.cuda.is_available() else "cpu"), chains, two)
+        self._trainer = Trainer(load_editor(two, "cuda" if self._cuda else "cpu"), chains, two)
         self._record = chains[chains.draw(0, 1)[0]]
         self._alone: list[dict[str, float]] = []
-        self._steps: list[dict[str, float]] = []
+        self._pairs: list[dict[str, float]] = []
 
     def round(self) -> None:
-        self._trainer.sample([self._record], iteration=0)
-        self._alone.append(self._trainer.timer.seconds())
-        self._steps.append(self._trainer.step())
+        if self._cuda:
+            self._trainer.sample([self._record], iteration=0)
+            self._alone.append(self._trainer.timer.seconds())
+        metrics = self._trainer.step()
+        self._pairs.append(
+            {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
+        )
 
     def rates(self) -> Rates:
         """From the medians of all rounds but the first, which warms up.
@@ -49,20 +55,23 @@ class Probe:
         Raises:
             ValueError: fewer than two rounds.
         """
-        if len(self._steps) < 2:
-            raise ValueError(f"rounds: expected at least 2, the first to warm up; got {len(self._steps)}")
-        work = count(self._config)
-        group = {part: median(each[part] for each in self._alone[1:]) for part in ("rollout", "reward", *work.rollout)}
-        both = {phase: median(step[f"seconds/{phase}"] for step in self._steps[1:]) for phase in ("rollout", "update")}
+        if len(self._pairs) < 2:
+            raise ValueError(f"rounds: expected at least 2, the first to warm up; got {len(self._pairs)}")
+        work, pair = count(self._config), _medians(self._pairs[1:])
+        group = _medians(self._alone[1:]) if self._cuda else {part: seconds / 2 for part, seconds in pair.items()}
         images = self._config.rollout.group_size * self._config.rollout.turns
-        cuda = torch.cuda.is_available()
         return Rates(
             **{part: flops / 2 / group[part] for part, flops in work.rollout.items()},
-            update=work.phases["update"] / both["update"],
+            update=work.phases["update"] / pair["update"],
             reward=group["reward"] / images,
-            beside=max(0.0, both["rollout"] - 2 * group["rollout"]) / images if cuda else None,
-            source=f"{torch.cuda.get_device_name() if cuda else 'this CPU'}, measured on two groups",
+            beside=max(0.0, pair["rollout"] - 2 * group["rollout"]) / images if self._cuda else None,
+            source=f"{torch.cuda.get_device_name() if self._cuda else 'this CPU'}, measured on two groups",
         )
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of every phase."""
+    return {phase: median(each[phase] for each in rounds) for phase in rounds[0]}
 
 
 def _two_groups(config: TrainConfig, folder: str) -> TrainConfig:
