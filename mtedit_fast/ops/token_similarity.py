@@ -135,15 +135,11 @@ def _compute_dtype(tokens: Tensor) -> torch.dtype:
 
 
 def _sum_tokens(values: Tensor) -> Tensor:
-    """[..., N, D] -> [..., D], halves added to halves: the order does not depend on the batch or the thread count.
-
-    Overwrites `values`.
-    """
-    count = values.shape[-2]
-    while count > 1:
-        half = count // 2
-        values[..., :half, :] += values[..., count - half : count, :]
-        count -= half
+    """[..., N, D] -> [..., D], halves added to halves: the order does not depend on the batch or the thread count."""
+    while (count := values.shape[-2]) > 1:
+        first, second = values.split([count - count // 2, count // 2], dim=-2)
+        halves = first[..., : count // 2, :] + second
+        values = torch.cat([halves, first[..., count // 2 :, :]], dim=-2) if count % 2 else halves
     return values[..., 0, :]
 
 
@@ -158,7 +154,7 @@ def _pool(tokens: Tensor, index: Tensor, weights: Tensor | None, normalize: bool
     dtype = _compute_dtype(tokens)
     scale = _inverse_norm(tokens.to(dtype)) if normalize else None
     if weights is None:
-        return _sum_tokens(tokens.to(dtype, copy=True) if scale is None else scale * tokens).index_select(0, index)
+        return _sum_tokens(tokens.to(dtype) if scale is None else scale * tokens).index_select(0, index)
     weights = weights[..., None]
     factor = weights if scale is None else weights * scale.index_select(0, index)
     return _sum_tokens(torch.where(weights == 0, 0, tokens.index_select(0, index).to(dtype).mul_(factor)))
