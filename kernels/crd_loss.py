@@ -4,18 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.nft_loss import (
+from mtedit_fast.kernels.nft_loss import floored, row_weight
+from mtedit_fast.kernels.row_sums import (
     FINAL,
     add_up,
-    floored,
+    counters,
     last_to_arrive,
     load_tile,
-    row_weight,
     store_moments,
     store_sum,
     tree_sum,
 )
-from mtedit_fast.kernels.sde_step import _counters
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device
 
 
@@ -157,7 +156,7 @@ def crd_loss_forward(
             coefficients,
             r.new_empty(batch),
             r.new_empty(5 * batch * tiles),
-            _counters(r.new_empty(batch + 1, 0)),  # one per row and one for the batch
+            counters(batch + 1, r.device),  # one per row and one for the batch
             beta,
             scale,
             kl_weight,

@@ -5,60 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.sde_step import _counters
+from mtedit_fast.kernels.row_sums import (
+    FINAL,
+    add_up,
+    counters,
+    last_to_arrive,
+    load_tile,
+    store_moments,
+    store_sum,
+    tree_sum,
+)
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to
 
 SMALLEST_SIZE = tl.constexpr(1e-5)
-FINAL = tl.constexpr(32)  # partial sums, or rows, at a time when they are added up
-
-
-@triton.jit
-def tree_sum(values, LEVELS: tl.constexpr):
-    """Pairwise, one bit of the index at a time, so that the order of additions does not depend on the layout, which
-    changes with the alignment of the inputs. 2**LEVELS values."""
-    for _ in tl.static_range(LEVELS):
-        values = tl.sum(tl.reshape(values, (values.shape[0] // 2, 2)), axis=1)
-    return tl.sum(values, axis=0)
-
-
-@triton.jit
-def load_tile(pointer, index, mask):
-    return tl.load(pointer + index, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_sum(partial_ptr, row, tile, tiles, column: tl.constexpr, values, BLOCK: tl.constexpr):
-    """The tile's sum, into a column of the partial sums; values past the end are 0."""
-    tl.static_assert(BLOCK == 4096)
-    base = partial_ptr + column * tl.num_programs(0).to(tl.int64)
-    tl.store(base + row * tiles + tile, tree_sum(values, 12))
-
-
-@triton.jit
-def store_moments(partial_ptr, row, tile, tiles, column: tl.constexpr, values, BLOCK: tl.constexpr):
-    """Sums of |x| and x², into two columns."""
-    store_sum(partial_ptr, row, tile, tiles, column, tl.abs(values), BLOCK)
-    store_sum(partial_ptr, row, tile, tiles, column + 1, values * values, BLOCK)
-
-
-@triton.jit
-def add_up(partial_ptr, row, tiles, column: tl.constexpr):
-    """The row's sum of a column of partial sums, in the order of the tiles."""
-    base = partial_ptr + column * tl.num_programs(0).to(tl.int64) + row * tiles
-    sums = tl.zeros((FINAL,), tl.float32)
-    for start in range(0, tiles, FINAL):
-        tile = start + tl.arange(0, FINAL)
-        sums += tl.load(base + tile, mask=tile < tiles, other=0.0, cache_modifier=".cg")
-    return tree_sum(sums, 5)
-
-
-@triton.jit
-def last_to_arrive(counter_ptr, count):
-    """Whether all others of `count` were here before; what they stored is then visible. Leaves the counter at 0."""
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -223,7 +182,7 @@ def nft_loss_forward(
             rows,
             coefficients,
             r.new_empty(5 * batch * tiles),
-            _counters(r.new_empty(batch + 1, 0)),  # one per row and one for the batch
+            counters(batch + 1, r.device),  # one per row and one for the batch
             beta,
             scale,
             kl_weight,

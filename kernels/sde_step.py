@@ -5,19 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtedit_fast.kernels.row_sums import counters, last_to_arrive, tree_sum
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to, standard_normals
 
 HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
-
-
-@triton.jit
-def _sum(values, SIZE: tl.constexpr):
-    """Pairwise, one bit of the index at a time: unlike `tl.sum` over the whole block, the order of additions does not
-    depend on the layout the compiler picks, which differs between sampling and replay."""
-    tl.static_assert(SIZE == 4096)
-    for _ in tl.static_range(12):
-        values = tl.sum(tl.reshape(values, (values.shape[0] // 2, 2)), axis=1)
-    return tl.sum(values, axis=0)
 
 
 @triton.jit
@@ -96,24 +87,24 @@ def _forward_kernel(
 
     if MODE != 0:
         difference = value - mean
-        total = _sum(tl.where(mask, difference * difference, 0.0), BLOCK)
+        tl.static_assert(BLOCK == 4096)
+        total = tree_sum(tl.where(mask, difference * difference, 0.0), 12)
         tl.store(partial_ptr + sample * tiles + tile, total)
         # The last block of a sample to arrive adds up the partial sums, in the order of the tiles.
-        if tl.atomic_add(arrived_ptr + sample, 1, sem="acq_rel", scope="gpu") == tiles - 1:
+        if last_to_arrive(arrived_ptr + sample, tiles):
             sums = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, tiles, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 sums += tl.load(
                     partial_ptr + sample * tiles + column, mask=column < tiles, other=0.0, cache_modifier=".cg"
                 )
-            squared = tl.div_rn(_sum(sums, BLOCK), tl.cast(numel, tl.float32))
+            squared = tl.div_rn(tree_sum(sums, 12), tl.cast(numel, tl.float32))
             log_prob = -squared
             if MODE == 1:
                 width = tl.where(c == 0.0, 1.0, c)
                 log_prob = tl.div_rn(log_prob, 2.0 * width * width) - tl.log(width) - HALF_LOG_TWO_PI
             log_prob = tl.where(c == 0.0, 0.0 * squared, log_prob)  # 0, or NaN where the velocity is
             tl.store(log_prob_ptr + sample, log_prob)
-            tl.store(arrived_ptr + sample, 0)
 
 
 @triton.jit(do_not_specialize=["host_step", "num_steps"])
@@ -174,20 +165,6 @@ def _backward_kernel(
     tl.store(grad_velocity_ptr + index, round_to(b * grad, grad_velocity_ptr.dtype.element_ty), mask=mask)
 
 
-_arrived: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _counters(sample: Tensor) -> Tensor:
-    """[>= B] int32 zeros; every launch leaves them zero. Launches on one stream follow one another and share them."""
-    batch = sample.shape[0]
-    if not sample.is_cuda or torch.cuda.is_current_stream_capturing():  # a graph is replayed on any stream: its own
-        return torch.zeros(batch, dtype=torch.int32, device=sample.device)
-    key = sample.device, torch.cuda.current_stream(sample.device).cuda_stream
-    if key not in _arrived or _arrived[key].numel() < batch:
-        _arrived[key] = torch.zeros(max(batch, 1024), dtype=torch.int32, device=sample.device)
-    return _arrived[key]
-
-
 def _step_arguments(step: int | Tensor) -> tuple[Tensor | None, int, int]:
     """step_ptr, host_step and STEP of the kernels."""
     if isinstance(step, Tensor):
@@ -233,7 +210,7 @@ def sde_step_forward(
             mean,
             log_prob,
             torch.empty(batch * tiles, dtype=torch.float32, device=device) if log_prob_mode else None,
-            _counters(sample) if log_prob_mode else None,
+            counters(batch, device) if log_prob_mode else None,
             host_step,
             table.shape[0],
             numel,
