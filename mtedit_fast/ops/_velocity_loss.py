@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mtedit_fast.ops._backend import choose_backend
-from mtedit_fast.ops.sde_step import _raise_if_not_finite, _row_sum
+from mtedit_fast.ops._rows import raise_if_not_finite, row_sum
 
 SMALLEST_SIZE = 1e-5
 """Floor of the mean absolute error that a squared error is divided by, as in the public code of both losses."""
@@ -72,7 +72,7 @@ def check_values(check: bool, unit: dict[str, Tensor], finite: dict[str, Tensor 
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"{name} must be within [0, 1], got values from {low:.6g} to {high:.6g}")
     if check:
-        _raise_if_not_finite(**{name: tensor for name, tensor in finite.items() if tensor is not None})
+        raise_if_not_finite(**{name: tensor for name, tensor in finite.items() if tensor is not None})
 
 
 def choose(requested: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> str:
@@ -89,13 +89,13 @@ def compute_dtype(*velocities: Tensor | None) -> torch.dtype:
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, D] -> mean |x| and mean x², each [B]. `values` is overwritten. In fixed tiles, as `_row_sum`."""
+    """[B, D] -> mean |x| and mean x², each [B]. `values` is overwritten. In fixed tiles, as `row_sum`."""
     count = values.shape[1]
     if count % 1024:
         values = pad(values, (0, -count % 1024))
     tiles = values.unflatten(1, (-1, 1024)).abs_()
-    size = _row_sum(tiles.sum(2)) / count
-    return size, _row_sum(tiles.square_().sum(2)) / count
+    size = row_sum(tiles.sum(2)) / count
+    return size, row_sum(tiles.square_().sum(2)) / count
 
 
 def reference_backward(

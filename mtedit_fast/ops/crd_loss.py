@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops.sde_step import _row_sum
+from mtedit_fast.ops._rows import row_sum
 
 
 class CRDLoss(NamedTuple):
@@ -159,7 +159,7 @@ def reference_forward(
         implicit_reward = _width_and_error(v_old.flatten(1).to(dtype) - target, adaptive)[1] - error
     kl = torch.zeros_like(r)
     if v_ref is not None:
-        kl = _row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
+        kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
     if weight is None:
         weight = torch.full_like(r, 1 / max(len(r), 1))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops.sde_step import _row_sum
+from mtedit_fast.ops._rows import row_sum
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
 
@@ -150,7 +150,7 @@ def reference_forward(
         minus, square_minus = shared.moments(offset.sub_(change))
     kl = torch.zeros_like(t)
     if v_ref is not None:
-        kl = _row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
+        kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
     if weight is None:
         weight = torch.full_like(t, 1 / max(len(t), 1))
 
