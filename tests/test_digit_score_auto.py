@@ -1,5 +1,6 @@
 """Which implementation `auto` takes for the softmax over the vocabulary, why, and how it comes to know."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mtedit_fast.ops import _crossover, digit_score, measure_crossover, token_lo
 from mtedit_fast.ops._backend import unavailable_reason
 
 GPU = torch.device("cuda", 0)
+measuring = importlib.import_module("mtedit_fast.ops.measure_crossover")  # in the package, its name is the function's
 TRITON_REASON = unavailable_reason("triton", torch.device(DEVICES["triton"]), ())
 needs_triton = pytest.mark.skipif(TRITON_REASON is not None, reason=str(TRITON_REASON))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -45,7 +47,7 @@ def test_measured_once_and_remembered_by_other_processes(folder: Path) -> None:
     assert measure() is found
     stored = json.loads((folder / "head_crossover.json").read_text())
     assert len(stored) == 1
-    _crossover._load.cache_clear()  # as in another process
+    _crossover.load.cache_clear()  # as in another process
     assert measure() == found
     assert measure(force=True).fused_us != found.fused_us
     measure_crossover(8, 41, torch.float32, DEVICES["triton"], rows=[1], repeats=1)
@@ -64,7 +66,7 @@ def test_measured_once_and_remembered_by_other_processes(folder: Path) -> None:
 )
 def test_the_crossover_follows_from_the_times(monkeypatch: pytest.MonkeyPatch, library, fused, expected) -> None:
     times = iter([float(time) for pair in zip(library, fused, strict=True) for time in pair])
-    monkeypatch.setattr(_crossover, "_microseconds", lambda *_: next(times))
+    monkeypatch.setattr(measuring, "_microseconds", lambda *_: next(times))
     found = measure_crossover(8, 40, torch.float32, DEVICES["triton"], rows=(1, 16, 64))
     assert found.rows == expected
 
@@ -73,8 +75,8 @@ def known(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's measurement would have left behind."""
     monkeypatch.setattr(_crossover, "_where", lambda device: "some GPU")
     monkeypatch.setattr(_crossover, "unavailable_reason", lambda *_: None)
-    key = _crossover._key(4096, 151_936, torch.bfloat16, GPU)
-    _crossover._store(_crossover.cache_file(), key, _crossover.Crossover(rows, {1: 2.0}, {1: 1.0}))
+    key = _crossover.key_of(4096, 151_936, torch.bfloat16, GPU)
+    _crossover.store(_crossover.cache_file(), key, _crossover.Crossover(rows, {1: 2.0}, {1: 1.0}))
 
 
 def test_auto_is_a_threshold_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +111,8 @@ def test_an_unreadable_file_is_ignored_and_replaced(folder: Path, content: str) 
     path = folder / "head_crossover.json"
     path.write_text(content)
     with pytest.warns(UserWarning, match="is not readable and is ignored"):
-        assert _crossover._load(path) == {}
-    _crossover._store(path, "key", _crossover.Crossover(4, {4: 1.0}, {4: 0.5}))
+        assert _crossover.load(path) == {}
+    _crossover.store(path, "key", _crossover.Crossover(4, {4: 1.0}, {4: 0.5}))
     assert json.loads(path.read_text())["key"]["rows"] == 4
     assert list(folder.iterdir()) == [path]
 
@@ -118,7 +120,7 @@ def test_an_unreadable_file_is_ignored_and_replaced(folder: Path, content: str) 
 def test_a_folder_that_cannot_be_written_costs_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "file").write_text("")
     with pytest.warns(UserWarning, match="could not be stored"):
-        _crossover._store(folder / "file" / "head_crossover.json", "key", _crossover.Crossover(4, {}, {}))
+        _crossover.store(folder / "file" / "head_crossover.json", "key", _crossover.Crossover(4, {}, {}))
 
 
 @pytest.mark.parametrize(
