@@ -8,7 +8,8 @@ import json
 import torch
 from ptx_report import report
 
-from mtedit_fast.kernels import attention_columns as kernels
+from mtedit_fast.kernels import attention_columns as forward
+from mtedit_fast.kernels import attention_columns_backward as backward
 
 INTEGERS = ("heads", "groups", "queries", "keys", "count", "query_head_stride", "key_head_stride")
 STRIDES = ("query_batch_stride", "query_stride", "key_batch_stride", "key_stride")
@@ -19,8 +20,8 @@ FP32 = ("grad_ptr", "times_ptr", "lse_ptr", "slopes_ptr", "delta_ptr")
 SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(FP32, "*fp32") | dict.fromkeys(BOOLS, "*i1")
 SIGNATURE |= {"columns_ptr": "*i64", "scale": "fp32"}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-TILED = {"lse": kernels._lse_kernel, "grad_query": kernels._grad_query_kernel, "grad_key": kernels._grad_key_kernel}
-FEW = {"columns": kernels._columns_kernel, "slopes": kernels._slopes_kernel}
+TILED = {"lse": forward._lse_kernel, "grad_query": backward._grad_query_kernel, "grad_key": backward._grad_key_kernel}
+FEW = {"columns": forward._columns_kernel, "slopes": backward._slopes_kernel}
 CASES = (
     (torch.bfloat16, 128, (80, 90, 100)),
     (torch.float32, 128, (80, 90, 100)),
@@ -31,7 +32,7 @@ CASES = (
 
 def kernel_report(name: str, dtype: torch.dtype, width: int, arch: int, **changes: None) -> None:
     kernel = (TILED | FEW)[name]
-    own = kernels.blocks("few" if name in FEW else "lse" if name == "lse" else "grad", dtype, width)
+    own = forward.blocks("few" if name in FEW else "lse" if name == "lse" else "grad", dtype, width)
     pointers = dict.fromkeys(ROWS, POINTERS[dtype]) | {"out_ptr": "*fp32" if name in FEW else POINTERS[dtype]}
     row = report(kernel, SIGNATURE | pointers | own | changes, arch)
     print(json.dumps({"kernel": f"{name} {POINTERS[dtype]} {width}", "arch": arch} | row), flush=True)

@@ -232,9 +232,10 @@ def reference_backward(
 
 def _implementation(backend: str) -> tuple[Any, Any]:
     if backend == "triton":
-        from mtedit_fast.kernels import attention_columns as triton
+        from mtedit_fast.kernels.attention_columns import attention_columns_forward
+        from mtedit_fast.kernels.attention_columns_backward import attention_columns_backward
 
-        return triton.attention_columns_forward, triton.attention_columns_backward
+        return attention_columns_forward, attention_columns_backward
     return reference_forward, reference_backward
 
 
