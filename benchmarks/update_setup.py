@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mtedit_fast.editors import Condition, KontextEditor
 from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
-from mtedit_fast.training.adapters import PlannedLinear
 from mtedit_fast.training.nft import NFT
+from mtedit_fast.training.planned_lora import PlannedLinear
 from mtedit_fast.training.playground.models import load_pipeline
 from mtedit_fast.training.update import UpdateBatch
 
