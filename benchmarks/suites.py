@@ -157,7 +157,7 @@ TESTS = {
     "digit_score": "digit_score digit_score_registration digit_score_errors digit_score_auto token_log_probs",
     "crop_resize": "crop_resize crop_resize_errors csrc",
     "rollout": "bench_rollout fp8 speed",
-    "update": "rollout adapters update",
+    "update": "rollout adapters adapters_state update",
     "iteration": "bench_iteration",
     "consistency": "consistency",
     "plan": "plan",

@@ -1,4 +1,4 @@
-"""FlowMatchSDEScheduler inside stock pipelines, and the SDE windows."""
+"""FlowMatchSDEScheduler inside stock pipelines."""
 
 import json
 import math
@@ -7,157 +7,14 @@ import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as qwen_pipeline
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-    FluxKontextPipeline,
-    FluxTransformer2DModel,
-    QwenImageEditPipeline,
-    QwenImageTransformer2DModel,
-)
-from PIL import Image
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from stock_pipelines import BATCH, PIPELINES, STEPS, Editor, klein
 
 import mtedit_fast
 from mtedit_fast.ops import seeded_noise
-from mtedit_fast.sampling import FlowMatchSDEScheduler, progressive_window, sde_window
+from mtedit_fast.sampling import FlowMatchSDEScheduler, sde_window
 
-STEPS = 4
-BATCH = 2
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def stock_scheduler():
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-
-
-def kontext():
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        latent_channels=4,
-        norm_num_groups=2,
-        shift_factor=0.0,
-    )
-    modules = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = FluxKontextPipeline(scheduler=stock_scheduler(), vae=vae, transformer=transformer, **modules)
-    embeds = {"prompt_embeds": torch.randn(BATCH, 5, 16), "pooled_prompt_embeds": torch.randn(BATCH, 16)}
-    extra = {"height": 24, "width": 24, "max_area": 24 * 24, "_auto_resize": False}
-    return pipe, embeds, extra
-
-
-def qwen_edit():
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    modules = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
-    pipe = QwenImageEditPipeline(scheduler=stock_scheduler(), vae=vae, transformer=transformer, **modules)
-    embeds = {"prompt_embeds": torch.randn(BATCH, 5, 16), "negative_prompt_embeds": torch.randn(BATCH, 5, 16)}
-    extra = {"true_cfg_scale": 3.0, "height": 32, "width": 32}
-    extra |= {f"{name}_mask": torch.ones(BATCH, 5, dtype=torch.int64) for name in embeds}
-    return pipe, embeds, extra
-
-
-def klein():
-    transformer = Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    modules = dict.fromkeys(("text_encoder", "tokenizer"))
-    pipe = Flux2KleinPipeline(
-        scheduler=stock_scheduler(), vae=vae, transformer=transformer, is_distilled=True, **modules
-    )
-    return pipe, {"prompt_embeds": torch.randn(BATCH, 5, 16)}, {"height": 24, "width": 24}
-
-
-PIPELINES = [kontext, qwen_edit, klein]
-
-
-class Editor:
-    """A tiny stock pipeline in one dtype, whose velocities are kept as the scheduler saw them."""
-
-    def __init__(self, build, dtype):
-        torch.manual_seed(0)
-        self.pipe, embeds, self.extra = build()
-        self.pipe.to(dtype=dtype)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.embeds = {name: value.to(dtype) for name, value in embeds.items()}
-        pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        self.image = Image.fromarray(pixels)
-        self.velocities = []
-
-    def use(self, scheduler):
-        step = scheduler.step
-
-        def keep(model_output, *args, **kwargs):
-            self.velocities.append(model_output)
-            return step(model_output, *args, **kwargs)
-
-        scheduler.step = keep
-        self.pipe.scheduler = scheduler
-        return scheduler
-
-    def __call__(self):
-        """Runs the pipeline; the packed latents after its last step."""
-        self.velocities.clear()
-        after = []
-        self.pipe(
-            image=self.image,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(1),
-            output_type="latent",
-            callback_on_step_end=lambda pipe, i, t, tensors: after.append(tensors["latents"]) or {},
-            **self.embeds,
-            **self.extra,
-        )
-        return after[-1]
 
 
 @pytest.fixture(params=PIPELINES, ids=lambda build: build.__name__)
@@ -467,50 +324,3 @@ def test_no_host_sync_and_one_schedule_on_cuda():
     for i, before, after, log_prob in scheduler.trajectory[:-1]:
         out = host.replay(v.cpu(), i, before.cpu(), after.cpu())
         torch.testing.assert_close(out.log_prob, log_prob.cpu(), rtol=0, atol=1e-5)
-
-
-def test_sde_window():
-    starts = {sde_window(10, 3, 1, 8, seed=seed).start for seed in range(200)}
-    assert starts == {1, 2, 3, 4, 5}  # uniform in [lo, hi - size]
-    assert all(len(sde_window(10, 3, 1, 8, seed=seed)) == 3 for seed in range(20))
-    assert sde_window(10, 3, 1, 8, seed=4) == sde_window(10, 3, 1, 8, seed=4)
-    assert sde_window(5, 4, seed=0) == range(4)  # all but the last step
-    generator = torch.Generator().manual_seed(0)
-    assert len({sde_window(50, 2, seed=generator).start for _ in range(30)}) > 10
-    counts = np.bincount([sde_window(6, 2, seed=seed).start for seed in range(2000)], minlength=4)
-    assert ((counts - 500) ** 2 / 500).sum() < 16.3  # χ², 3 degrees of freedom, p = 0.001
-
-
-def test_progressive_window():
-    windows = [progressive_window(i, 25, 4, iterations_per_window=25) for i in range(25 * 30)]
-    assert windows[:25] == [range(4)] * 25
-    assert windows[25] == range(1, 5)  # MixGRPO's overlap: one step further
-    assert windows[-1] == range(20, 24)  # held at the last full window before the ODE step
-    assert [w.start for w in windows] == sorted(w.start for w in windows)
-    assert progressive_window(3, 25, 4, iterations_per_window=1, stride=4, lo=2, hi=20) == range(14, 18)
-    assert progressive_window(99, 25, 4, iterations_per_window=1, stride=4, lo=2, hi=20) == range(16, 20)
-
-
-@pytest.mark.parametrize("window", [lambda *a: sde_window(*a, seed=0), lambda *a: progressive_window(0, *a)])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1, 1), "num_steps must be at least 2"),
-        ((10, 0), "size must be between 1 and hi - lo = 9, got 0"),
-        ((10, 10), "size must be between 1 and hi - lo = 9, got 10"),
-    ],
-)
-def test_window_errors(window, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        window(*arguments)
-
-
-def test_window_range_errors():
-    with pytest.raises(ValueError, match=r"hi <= num_steps - 1 = 9 .*got lo=0, hi=10"):
-        sde_window(10, 2, 0, 10, seed=0)
-    with pytest.raises(ValueError, match=r"0 <= lo < hi .*got lo=5, hi=5"):
-        progressive_window(0, 10, 2, lo=5, hi=5)
-    with pytest.raises(ValueError, match="iteration must be 0 or more, got -1"):
-        progressive_window(-1, 10, 2)
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
-        progressive_window(0, 10, 2, iterations_per_window=0)
