@@ -16,6 +16,7 @@ from functools import partial
 from itertools import groupby, pairwise
 from math import log10
 from pathlib import Path
+from statistics import median as middle
 from typing import Any
 
 import record
@@ -66,19 +67,30 @@ def speedups(row: Row) -> dict[str, float]:
     return {name: time / own for name, time in found.items() if time and own}
 
 
-def repeats(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """Rows of one commit, each with the next of the same kind, that differ by more than the larger of their spreads."""
+def twice(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Rows of one commit, each with the next of the same kind."""
 
     def key(row: Row) -> tuple[str, ...]:
         return tuple(row.get(name, "") for name in record.IDENTITY)
 
+    groups = (list(group) for _, group in groupby(sorted(rows, key=key), key=key))
+    return [pair for group in groups for pair in pairwise(sorted(group, key=lambda row: row.get("date", "")))]
+
+
+def repeats(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Those of `twice` that differ by more than the larger of their spreads."""
     flagged = []
-    for _, group in groupby(sorted(rows, key=key), key=key):
-        for one, two in pairwise(sorted(group, key=lambda row: row.get("date", ""))):
-            times, spreads = (median(one), median(two)), (spread(one), spread(two))
-            if None not in times + spreads and abs(times[0] - times[1]) > max(spreads):  # type: ignore[operator, type-var]
-                flagged.append((one, two))
+    for one, two in twice(rows):
+        times, spreads = (median(one), median(two)), (spread(one), spread(two))
+        if None not in times + spreads and abs(times[0] - times[1]) > max(spreads):  # type: ignore[operator, type-var]
+            flagged.append((one, two))
     return flagged
+
+
+def ratios_apart(rows: Iterable[Row]) -> list[float]:
+    """Of those of `twice` that have peers: how far apart the two runs are over the fastest of them, a share."""
+    pairs = ((speedups(one), speedups(two)) for one, two in twice(rows))
+    return [abs(min(one.values()) / min(two.values()) - 1) for one, two in pairs if one and two]
 
 
 def columns_now(file: str) -> list[str] | None:
@@ -231,15 +243,31 @@ def _compare_section(rows: Sequence[Row], first: str, second: str) -> str:
     return section(f"{first} against {second}", table(head, lines), f"{len(lines)} rows that both have.")
 
 
+def over_fastest_peer(row: Row) -> str:
+    found = speedups(row)
+    return f"{min(found.values()):.2f}×" if found else ""
+
+
 def _flag_section(rows: Sequence[Row]) -> str:
     lines = [
-        (label(one), f"{median(one):,.1f}", f"{median(two):,.1f}", f"{max(spread(one) or 0, spread(two) or 0):,.1f}")
+        (label(one), f"{median(one):,.1f}", f"{median(two):,.1f}", f"{max(spread(one) or 0, spread(two) or 0):,.1f}",
+         over_fastest_peer(one), over_fastest_peer(two))
         for one, two in repeats(rows)
-    ]
+    ]  # fmt: skip
     if not lines:
         return ""
-    note = "Measured twice on one commit, and further apart than the spread of either: these do not repeat."
-    return section("Rows that do not repeat", table(("row", "first, µs", "then, µs", "spread, µs"), lines), note)
+    note = (
+        f"{len(twice(rows))} were measured twice on one commit. These {len(lines)} are further apart than the spread "
+        "of either: they do not repeat."
+    )
+    apart = ratios_apart(rows)
+    if apart:
+        note += (
+            f" Where all of a machine is slower the peers are, too: over the fastest of them, {len(apart)} such rows "
+            f"are {100 * middle(apart):.1f} % apart in the median, and {sum(x > 0.2 for x in apart)} more than 20 %."
+        )
+    head = ("row", "first, µs", "then, µs", "spread, µs", "over the fastest peer, first", "then")
+    return section("Rows that do not repeat", table(head, lines), note)
 
 
 def _version_section(marks: Mapping[str, str]) -> str:

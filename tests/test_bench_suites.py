@@ -218,11 +218,16 @@ def test_rows_that_do_not_repeat_are_flagged():
     assert report.repeats([one, two | {"p80_us": "14"}]) == []  # within the spread of the second
     assert report.repeats([one, two | {"commit": "bbbb"}]) == []
     assert report.repeats([one, two | {"p20_us": ""}]) == []
+    assert report.twice([two, one, two | {"commit": "bbbb"}]) == [(one, two)]
+    assert report.ratios_apart([one, two]) == [pytest.approx(0.2)]  # 5 / 10 against 5 / 12
+    assert report.ratios_apart([one, two | {"eager_us": "", "compile_us": ""}]) == []
     assert report.spread(one) == 1.0
     assert report.median({"median_s": "2.5"}) == report.median({"measured_s": "2.5"}) == 2.5e6
     assert report.median({"error": "1"}) is None
     assert report.spread({"p20_s": "2.25", "p80_s": "2.5"}) == 0.25e6
     assert report.speedups(one) == {"eager": 2.0, "torch.compile": 0.5}
+    assert report.over_fastest_peer(one) == "0.50×"
+    assert report.over_fastest_peer({"median_us": "1"}) == ""
 
 
 def test_commits_and_devices_are_compared_row_by_row():
@@ -263,7 +268,8 @@ def test_the_page_has_bars_rooflines_flags_and_a_comparison(tmp_path, capsys):
     text = out.read_text()
     for expected in (
         "Rows that do not repeat", "aaaa against bbbb", "4.00×", "faster", "Roofline of single ops · NVIDIA H200",
-        "Model FLOP utilisation · NVIDIA H200", "sde_step · NVIDIA H200",
+        "Model FLOP utilisation · NVIDIA H200", "sde_step · NVIDIA H200", "<td>0.50×</td><td>0.25×</td>",
+        "1 were measured twice on one commit. These 1 are", "1 such rows are 100.0 % apart in the median, and 1 more",
     ):  # fmt: skip
         assert expected in text
     with pytest.raises(SystemExit):
