@@ -169,9 +169,9 @@ def blocks(kernel: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     return sizes
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **blocks: int) -> None:
+def launch(kernel: Any, programs: int, *arguments: Any, num_stages: int = STAGES, **blocks: int) -> None:
     if programs:
-        kernel[(programs,)](*arguments, **blocks, num_warps=NUM_WARPS, num_stages=STAGES, enable_fp_fusion=False)
+        kernel[(programs,)](*arguments, **blocks, num_warps=NUM_WARPS, num_stages=num_stages, enable_fp_fusion=False)
 
 
 def attention_columns_forward(

@@ -18,6 +18,8 @@ from mtedit_fast.kernels.attention_columns import (
 from mtedit_fast.kernels.linear_logsumexp import finite
 from mtedit_fast.kernels.seeded_noise import on_device, round_to
 
+SLOPES_STAGES = 2  # one or two steps over the columns; with three, registers spill on sm_80
+
 
 @triton.jit
 def _store_rows(tensor_ptr, values, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -252,7 +254,8 @@ def attention_columns_backward(
         programs = batch * heads * triton.cdiv(queries, few["BLOCK_M"])
         tensors = (grad, query, key, columns, times, mask, lse, slopes, delta)
         groups = 1 if mean else heads
-        launch(_slopes_kernel, programs, *tensors, scale, heads, groups, queries, keys, count, *strides, **few)
+        arguments = (*tensors, scale, heads, groups, queries, keys, count, *strides)
+        launch(_slopes_kernel, programs, *arguments, num_stages=SLOPES_STAGES, **few)
         if grad_query is not None:
             programs = batch * heads * triton.cdiv(queries, tile["BLOCK_M"])
             tensors = (query, key, columns, others, mask, lse, slopes, delta, grad_query)

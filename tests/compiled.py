@@ -11,8 +11,10 @@ import triton
 
 Row = dict[str, Any]
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-STACK = 0 if TRITON_VERSION >= (3, 9) else 72
+STACK = 0 if TRITON_VERSION >= (3, 9) else 80
 """Bytes of a thread's registers that may be spilled: ptxas of Triton 3.6 to 3.8 does so in a few of the kernels."""
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory that a block may have, by architecture."""
 
 
 def compile_all(script: str) -> list[Row]:
@@ -35,3 +37,17 @@ def assert_no_fp64_or_spills(rows: list[Row], kernels: set[str]) -> None:
         assert row["fp64"] == 0, row
         assert row["local"] == 0, row
         assert row["stack"] <= STACK, row
+
+
+def assert_wide(rows: list[Row], *but: str) -> None:
+    """Memory is gone through 16 bytes at a time, but in rows that have one of `but` in their names."""
+    checked = [row for row in rows if not any(word in row["kernel"] for word in but)]
+    assert checked
+    assert all(row["wide"] for row in checked), [row for row in checked if not row["wide"]]
+
+
+def assert_half_products_on_tensor_cores(rows: list[Row]) -> None:
+    """By the instruction of their architecture, which for large tiles is not that of the one before."""
+    assert rows
+    for row in rows:
+        assert {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[row["arch"]] in row["mma"], row

@@ -1,12 +1,7 @@
-"""Compiles the kernels of `attention_columns` for sm_80, sm_90 and sm_100, which takes no GPU.
-
-python tests/ptx_attention_columns.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
-"""
-
-import json
+"""Compiles the kernels of `attention_columns` for every architecture: `python tests/ptx_attention_columns.py`."""
 
 import torch
-from ptx_report import report
+from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import attention_columns as forward
 from mtedit_fast.kernels import attention_columns_backward as backward
@@ -23,28 +18,35 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 TILED = {"lse": forward._lse_kernel, "grad_query": backward._grad_query_kernel, "grad_key": backward._grad_key_kernel}
 FEW = {"columns": forward._columns_kernel, "slopes": backward._slopes_kernel}
 CASES = (
-    (torch.bfloat16, 128, (80, 90, 100)),
-    (torch.float32, 128, (80, 90, 100)),
+    (torch.bfloat16, 128, EVERY),
+    (torch.float32, 128, EVERY),
     (torch.float16, 128, (80,)),
     (torch.bfloat16, 72, (90,)),
 )
+EVEN = (*STRIDES, "query_head_stride", "key_head_stride")  # where D is a multiple of 16
 
 
-def kernel_report(name: str, dtype: torch.dtype, width: int, arch: int, **changes: None) -> None:
+def kernel_report(
+    name: str, dtype: torch.dtype, width: int, arch: int, label: str = "", even: bool = True, **changes: None
+) -> None:
     kernel = (TILED | FEW)[name]
     own = forward.blocks("few" if name in FEW else "lse" if name == "lse" else "grad", dtype, width)
     pointers = dict.fromkeys(ROWS, POINTERS[dtype]) | {"out_ptr": "*fp32" if name in FEW else POINTERS[dtype]}
-    row = report(kernel, SIGNATURE | pointers | own | changes, arch)
-    print(json.dumps({"kernel": f"{name} {POINTERS[dtype]} {width}", "arch": arch} | row), flush=True)
+    stages = backward.SLOPES_STAGES if name == "slopes" else forward.STAGES
+    signature = SIGNATURE | pointers | own | changes
+    row = report(kernel, signature, arch, num_stages=stages, divisible=EVEN if even else ())
+    show(" ".join(filter(None, (name, POINTERS[dtype], str(width), label))), arch, row)
 
 
 def main() -> None:
     for dtype, width, archs in CASES:
         for name in TILED | FEW:
             for arch in archs:
-                kernel_report(name, dtype, width, arch)
+                kernel_report(name, dtype, width, arch, even=width % 16 == 0)
+    for name in TILED | FEW:
+        kernel_report(name, torch.bfloat16, 128, 90, "odd", even=False)
     for name in ("lse", "columns"):
-        kernel_report(name, torch.bfloat16, 128, 90, mask_ptr=None)
+        kernel_report(name, torch.bfloat16, 128, 90, "unmasked", mask_ptr=None)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,12 @@
-"""Compiles the kernels of `digit_score` and `token_log_probs` for sm_80, sm_90 and sm_100, which takes no GPU.
+"""Compiles the kernels of the ops on an lm_head for every architecture: `python tests/ptx_digit_score.py`."""
 
-python tests/ptx_digit_score.py    one JSON object per line: kernel, arch, registers, stack, local, shared, fp64, mma
-"""
-
-import json
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import digit_score, linear_logsumexp, token_log_probs
 from mtedit_fast.kernels.seeded_noise import NUM_WARPS
 
-ARCHS = (80, 90, 100)
 FP32 = ("values_ptr", "picked_ptr", "partial_ptr", "log_prob_ptr", "lse_ptr", "entropy_ptr", "statistics_ptr")
 INTEGERS = ("count", "total", "tokens", "vocab_size", "width", "weight_stride", "tiles")
 SIGNATURE: dict[str, Any] = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys((*FP32, "logits_ptr"), "*fp32")
@@ -36,54 +25,29 @@ MERGED = SIGNATURE | linear_logsumexp.MERGE
 
 partial, score, merge = linear_logsumexp._partial_kernel, digit_score._score_kernel, token_log_probs._merge_kernel
 CASES: list[tuple[str, Any, dict[str, Any], str, int, tuple[int, ...]]] = [
-    ("partial", partial, PARTIAL | NO_TARGETS | HALF, "*bf16", NUM_WARPS, ARCHS),
-    ("partial targets", partial, PARTIAL | TARGETS | HALF, "*bf16", NUM_WARPS, ARCHS),
+    ("partial", partial, PARTIAL | NO_TARGETS | HALF, "*bf16", NUM_WARPS, EVERY),
+    ("partial targets", partial, PARTIAL | TARGETS | HALF, "*bf16", NUM_WARPS, EVERY),
     ("partial odd", partial, PARTIAL | TARGETS | HALF | ODD, "*bf16", NUM_WARPS, (90,)),
     ("partial ones", partial, PARTIAL | TARGETS | HALF | ODD | ONES, "*bf16", NUM_WARPS, (90,)),
     ("partial fp16", partial, PARTIAL | NO_TARGETS | HALF, "*fp16", NUM_WARPS, (90,)),
-    ("partial fp32", partial, PARTIAL | TARGETS | SINGLE, "*fp32", NUM_WARPS, ARCHS),
-    ("score set", score, SCORE | {"partial_ptr": None, "bias_ptr": None}, "*bf16", NUM_WARPS, ARCHS),
-    ("score vocab", score, SCORE, "*bf16", NUM_WARPS, ARCHS),
+    ("partial fp32", partial, PARTIAL | TARGETS | SINGLE, "*fp32", NUM_WARPS, EVERY),
+    ("score set", score, SCORE | {"partial_ptr": None, "bias_ptr": None}, "*bf16", NUM_WARPS, EVERY),
+    ("score vocab", score, SCORE, "*bf16", NUM_WARPS, EVERY),
     ("score fp32", score, SCORE, "*fp32", NUM_WARPS, (90,)),
     ("score two", score, SCORE | digit_score.blocks(2, 2560), "*bf16", NUM_WARPS, (90,)),
     ("score many", score, SCORE | digit_score.blocks(256, 4096), "*bf16", NUM_WARPS, (90,)),
     ("score ones", score, SCORE | ONES | digit_score.blocks(1, 1), "*bf16", NUM_WARPS, (90,)),
     ("merge ones", merge, MERGED | ONES | {"ENTROPY": False}, "*bf16", token_log_probs.NUM_WARPS, (90,)),
-    ("merge", merge, MERGED | {"ENTROPY": True}, "*bf16", token_log_probs.NUM_WARPS, ARCHS),
+    ("merge", merge, MERGED | {"ENTROPY": True}, "*bf16", token_log_probs.NUM_WARPS, EVERY),
 ]
-
-
-def report(kernel: Any, signature: dict[str, Any], num_warps: int, arch: int) -> dict[str, Any]:
-    given = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: value if isinstance(value, str) else "constexpr" for name, value in given.items()},
-        constexprs={name: value for name, value in given.items() if not isinstance(value, str)},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, value) in enumerate(given.items())
-            if isinstance(value, str) and (value.startswith("*") or name in DIVISIBLE)
-        },
-    )
-    options = {"num_warps": num_warps, "num_stages": linear_logsumexp.STAGES, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = {key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    ptx = compiled.asm["ptx"]
-    mma = sorted({word for word in ("mma.sync", "wgmma", "tcgen05.mma") if word in ptx})
-    return counts | {"shared": compiled.metadata.shared, "fp64": ptx.count(".f64"), "mma": mma}
 
 
 def main() -> None:
     for name, kernel, signature, dtype, num_warps, archs in CASES:
         inputs = {key: dtype for key in INPUTS if signature.get(key, "") is not None}
+        options = {"num_warps": num_warps, "num_stages": linear_logsumexp.STAGES, "divisible": DIVISIBLE}
         for arch in archs:
-            row = report(kernel, signature | inputs, num_warps, arch)
-            print(json.dumps({"kernel": name, "arch": arch} | row), flush=True)
+            show(name, arch, report(kernel, signature | inputs, arch, **options))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
-"""Compiles the kernels of `token_similarity` for sm_80, sm_90 and sm_100, which takes no GPU.
+"""Compiles the kernels of `token_similarity` for every architecture: `python tests/ptx_token_similarity.py`."""
 
-python tests/ptx_token_similarity.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
-"""
-
-import json
-
-from ptx_report import report
+from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import token_similarity as kernels
 
@@ -22,15 +17,17 @@ PLAIN = dict.fromkeys(TOKENS, "*fp32") | dict.fromkeys(WEIGHTS) | {"NORMALIZE": 
 KERNELS = {"pool": kernels._pool_kernel, "cosine": kernels._cosine_kernel, "gradient": kernels._gradient_kernel}
 
 
+EVEN = (*STRIDES, "width", "slope_stride")  # where D is a multiple of 16
+
+
 def main() -> None:
-    for width, archs in ((64, (90,)), (768, (80, 90, 100)), (4096, (90,))):
+    for width, archs in ((64, (90,)), (768, EVERY), (4096, (90,))):
         for name, kernel in KERNELS.items():
             for arch in archs:
-                row = report(kernel, SIGNATURE | kernels._blocks(width), arch)
-                print(json.dumps({"kernel": f"{name} {width}", "arch": arch} | row), flush=True)
+                show(f"{name} {width}", arch, report(kernel, SIGNATURE | kernels._blocks(width), arch, divisible=EVEN))
     for name, kernel in KERNELS.items():
-        row = report(kernel, SIGNATURE | kernels._blocks(768) | PLAIN, 90)
-        print(json.dumps({"kernel": f"{name} plain", "arch": 90} | row), flush=True)
+        show(f"{name} odd", 90, report(kernel, SIGNATURE | kernels._blocks(768), 90))
+        show(f"{name} plain", 90, report(kernel, SIGNATURE | kernels._blocks(768) | PLAIN, 90, divisible=EVEN))
 
 
 if __name__ == "__main__":

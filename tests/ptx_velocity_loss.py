@@ -1,11 +1,6 @@
-"""Compiles the kernels of `nft_loss` and `crd_loss` for sm_80, sm_90 and sm_100, which takes no GPU.
+"""Compiles the kernels of `nft_loss` and `crd_loss` for every architecture: `python tests/ptx_velocity_loss.py`."""
 
-python tests/ptx_velocity_loss.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
-"""
-
-import json
-
-from ptx_report import report
+from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import crd_loss, nft_loss
 
@@ -20,7 +15,6 @@ GROUPED = {"centre_ptr": None}
 WIDE = dict.fromkeys(VELOCITIES, "*fp32")
 LEAST = {"v_old_ptr": None, "v_ref_ptr": None, "weight_ptr": None}
 ONE_ELEMENT = {"numel": 1, "tiles": 1}  # Triton makes constants of integers that are 1
-EVERY = (80, 90, 100)
 
 CASES = [
     ("nft", nft_loss._forward_kernel, SIGNATURE, EVERY),
@@ -39,4 +33,4 @@ CASES = [
 if __name__ == "__main__":
     for name, kernel, signature, archs in CASES:
         for arch in archs:
-            print(json.dumps({"kernel": name, "arch": arch} | report(kernel, signature, arch)), flush=True)
+            show(name, arch, report(kernel, signature, arch))

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from compiled import Row, assert_no_fp64_or_spills, compile_all
+from compiled import (
+    SHARED,
+    Row,
+    assert_half_products_on_tensor_cores,
+    assert_no_fp64_or_spills,
+    assert_wide,
+    compile_all,
+)
 from op_backends import DEVICES
 from test_attention_columns import BF16, FP32, backend, inputs  # noqa: F401
 
@@ -67,6 +74,16 @@ def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels
     assert_no_fp64_or_spills(compiled_kernels, {"lse", "columns", "slopes", "grad_query", "grad_key"})
     for row in compiled_kernels:
         assert row["reg"] < 255 or row["stack"], row  # at the limit, what does not fit goes to memory
+        assert row["shared"] <= SHARED[row["arch"]], row
+
+
+def test_compiled_for_the_widest_loads_and_tensor_cores(compiled_kernels: list[Row]) -> None:
+    assert_wide(compiled_kernels, " 72", "odd")
+    half = [row for row in compiled_kernels if "*fp32" not in row["kernel"]]
+    tiled = [row for row in half if row["kernel"].split()[0] in ("lse", "grad_query", "grad_key")]
+    assert_half_products_on_tensor_cores(tiled)
+    assert all(row["mma"] for row in half)
+    assert not any(row["mma"] for row in compiled_kernels if row not in half)  # fp32 is fp32
 
 
 @needs_gpu

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import Row, assert_no_fp64_or_spills, compile_all
+from compiled import (
+    SHARED,
+    Row,
+    assert_half_products_on_tensor_cores,
+    assert_no_fp64_or_spills,
+    assert_wide,
+    compile_all,
+)
 from op_backends import DEVICES
 from test_digit_score import BF16, FP32, IDS, VALUES, backend, inputs  # noqa: F401
 
@@ -83,19 +90,16 @@ def compiled_kernels() -> list[Row]:
 
 def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[Row]) -> None:
     assert_no_fp64_or_spills(compiled_kernels, {"partial", "score", "merge"})
-    room = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # shared memory of a block
     for row in compiled_kernels:
-        assert row["shared"] <= room[row["arch"]], row
+        assert row["shared"] <= SHARED[row["arch"]], row
         assert row["reg"] <= (255 if row["kernel"].startswith("partial") else 160), row
 
 
-def test_half_products_run_on_tensor_cores(compiled_kernels: list[Row]) -> None:
-    instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-    for row in compiled_kernels:
-        if row["kernel"] in ("partial", "partial targets", "partial fp16"):
-            assert instruction[row["arch"]] in row["mma"], row
-        else:
-            assert row["kernel"].startswith("partial") or row["mma"] == []
+def test_compiled_for_the_widest_loads_and_tensor_cores(compiled_kernels: list[Row]) -> None:
+    assert_wide(compiled_kernels, "ones", "merge")
+    half = [row for row in compiled_kernels if row["kernel"] in ("partial", "partial targets", "partial fp16")]
+    assert_half_products_on_tensor_cores(half)
+    assert not any(row["mma"] for row in compiled_kernels if not row["kernel"].startswith("partial"))
 
 
 @needs_gpu

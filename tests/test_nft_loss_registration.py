@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled import Row, assert_no_fp64_or_spills, compile_all
+from compiled import Row, assert_no_fp64_or_spills, assert_wide, compile_all
 from op_backends import DEVICES
 from test_crd_loss import GROUPS
 from test_nft_loss import BF16, every_backend
@@ -69,6 +69,7 @@ def compiled_kernels() -> list[Row]:
 
 def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[Row]) -> None:
     assert_no_fp64_or_spills(compiled_kernels, {"nft", "crd", "backward"})
+    assert_wide(compiled_kernels, "one element")
     for row in compiled_kernels:
         assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
         assert row["fused"] == 0, row

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled import Row, assert_no_fp64_or_spills, compile_all
+from compiled import Row, assert_no_fp64_or_spills, assert_wide, compile_all
 
 from mtedit_fast.ops import sde_coefficients, sde_step
 
@@ -13,11 +13,12 @@ SIGMAS = [1.0, 0.84375, 0.625, 0.375, 0.125]
 @pytest.fixture(scope="module")
 def compiled() -> list[Row]:
     """Every kernel, specialisation and architecture, compiled without a GPU."""
-    return compile_all("ptx_report.py")
+    return compile_all("ptx_sde_step.py")
 
 
 def test_compiles_for_every_architecture_without_fp64_or_spills(compiled: list[Row]) -> None:
     assert_no_fp64_or_spills(compiled, {"forward", "backward", "noise"})
+    assert_wide(compiled, "one element")
     for row in compiled:
         assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled import Row, assert_no_fp64_or_spills, compile_all
+from compiled import Row, assert_no_fp64_or_spills, assert_wide, compile_all
 from op_backends import DEVICES
 from test_token_similarity import BF16, FP32, PAIRS, backend, banks  # noqa: F401
 
@@ -50,6 +50,7 @@ def compiled_kernels() -> list[Row]:
 
 def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels: list[Row]) -> None:
     assert_no_fp64_or_spills(compiled_kernels, {"pool", "cosine", "gradient"})
+    assert_wide(compiled_kernels, "odd", "cosine 64")
     for row in compiled_kernels:
         assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
 

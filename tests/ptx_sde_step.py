@@ -1,21 +1,9 @@
-"""Compiles the kernels for sm_80, sm_90 and sm_100, which takes no GPU, and prints what came out.
+"""Compiles the kernels of `sde_step` and `seeded_noise` for every architecture: `python tests/ptx_sde_step.py`."""
 
-    python tests/ptx_report.py    one JSON object per line: kernel, arch, registers, stack, local, fp64, fused
-
-Runs as a process of its own: under the interpreter the kernels are not compilable.
-"""
-
-import json
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from ptx import report, show
 
 from mtedit_fast.kernels import sde_step, seeded_noise
 
@@ -52,37 +40,7 @@ for _, _, signature, _ in CASES:
     if signature.get("STEP") == 2:
         signature["step_ptr"] = "*i64"
 
-
-def report(kernel: Any, signature: dict[str, Any], arch: int) -> dict[str, Any]:
-    given = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: value if isinstance(value, str) else "constexpr" for name, value in given.items()},
-        constexprs={name: value for name, value in given.items() if not isinstance(value, str)},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, value) in enumerate(given.items())
-            if isinstance(value, str) and (value.startswith("*") or name == "numel")
-        },
-    )
-    options = {"num_warps": seeded_noise.NUM_WARPS, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = {key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    ptx = compiled.asm["ptx"]
-    return counts | {"fp64": ptx.count(".f64"), "fused": len(re.findall(r"\bfma\.[a-z.]*f32", ptx))}
-
-
-def reports() -> Iterator[dict[str, Any]]:
+if __name__ == "__main__":
     for name, kernel, signature, archs in CASES:
         for arch in archs:
-            yield {"kernel": name, "arch": arch} | report(kernel, signature, arch)
-
-
-if __name__ == "__main__":
-    for row in reports():
-        print(json.dumps(row), flush=True)
+            show(name, arch, report(kernel, signature, arch))

@@ -1,0 +1,69 @@
+"""A kernel as its compiler leaves it, for an architecture that need not be here.
+
+Compiling takes no GPU, but a process without the interpreter: the ptx_NAME.py that call this are run as such.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mtedit_fast.kernels.seeded_noise import NUM_WARPS
+
+EVERY = (80, 90, 100)
+WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.\S+ [^;]*, 0x10[,;]")
+"""What moves 16 bytes of a thread at once."""
+
+
+def report(
+    kernel: Any,
+    signature: dict[str, Any],
+    arch: int,
+    *,
+    num_warps: int = NUM_WARPS,
+    num_stages: int = 3,
+    divisible: Sequence[str] = ("numel",),
+) -> dict[str, Any]:
+    """Registers, bytes of stack and local and shared memory, and counts of what is in the code.
+
+    Args:
+        signature: more than the kernel's arguments: a type, or the value of a constant.
+        divisible: integers that are multiples of 16, as Triton finds out at a launch; pointers are.
+    """
+    given = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: value if isinstance(value, str) else "constexpr" for name, value in given.items()},
+        constexprs={name: value for name, value in given.items() if not isinstance(value, str)},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, value) in enumerate(given.items())
+            if isinstance(value, str) and (value.startswith("*") or name in divisible)
+        },
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, Any] = {
+        key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
+    }
+    code = compiled.asm["ptx"]
+    found |= {"shared": compiled.metadata.shared, "fp64": code.count(".f64"), "wide": len(WIDE.findall(code))}
+    found["fused"] = len(re.findall(r"\bfma\.[a-z.]*f32", code))
+    found["mma"] = [word for word in ("mma.sync", "wgmma", "tcgen05.mma") if re.search(rf"(?<!w)(?:\b){word}", code)]
+    return found
+
+
+def show(name: str, arch: int, row: dict[str, Any]) -> None:
+    print(json.dumps({"kernel": name, "arch": arch} | row), flush=True)
