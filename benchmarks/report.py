@@ -256,10 +256,7 @@ def _flag_section(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     if not lines:
         return ""
-    note = (
-        f"{len(twice(rows))} were measured twice on one commit. These {len(lines)} are further apart than the spread "
-        "of either: they do not repeat."
-    )
+    note = f"Measured twice on one commit: {len(twice(rows))}. Further apart than the spread of either: {len(lines)}."
     apart = ratios_apart(rows)
     if apart:
         note += (

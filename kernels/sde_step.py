@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.row_sums import counters, last_to_arrive, tree_sum
+from mtedit_fast.kernels.row_sums import counters, last_to_arrive, load_tile, store_sum, tree_sum
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to, standard_normals
 
 HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
@@ -32,7 +32,7 @@ def _row(table_ptr, step_ptr, host_step, num_steps, sample, STEP: tl.constexpr):
 def _value(mean, c, step, index, mask, tile, noise_ptr, seed, BLOCK: tl.constexpr):
     """mean + c·noise, in fp32."""
     if noise_ptr is not None:
-        return mean + c * tl.load(noise_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        return mean + c * load_tile(noise_ptr, index, mask)
     elif seed is not None:
         return mean + c * standard_normals(seed, step + 1, tile, BLOCK)
     else:
@@ -68,13 +68,13 @@ def _forward_kernel(
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     index = sample * numel + offsets
-    x = tl.load(sample_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(velocity_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    x = load_tile(sample_ptr, index, mask)
+    v = load_tile(velocity_ptr, index, mask)
     mean = a * x + b * v
     if mean_ptr is not None:
         tl.store(mean_ptr + index, mean, mask=mask)
     if replayed_ptr is not None:
-        value = tl.load(replayed_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        value = load_tile(replayed_ptr, index, mask)
     else:
         seed = None
         if seed_ptr is not None:
@@ -87,9 +87,7 @@ def _forward_kernel(
 
     if MODE != 0:
         difference = value - mean
-        tl.static_assert(BLOCK == 4096)
-        total = tree_sum(tl.where(mask, difference * difference, 0.0), 12)
-        tl.store(partial_ptr + sample * tiles + tile, total)
+        store_sum(partial_ptr, sample, tile, tiles, 0, tl.where(mask, difference * difference, 0.0), BLOCK)
         # The last block of a sample to arrive adds up the partial sums, in the order of the tiles.
         if last_to_arrive(arrived_ptr + sample, tiles):
             sums = tl.zeros((BLOCK,), tl.float32)
@@ -138,11 +136,11 @@ def _backward_kernel(
     index = sample * numel + offsets
     grad = tl.zeros((BLOCK,), tl.float32)
     if MODE != 0 and grad_log_prob_ptr is not None:
-        x = tl.load(sample_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(velocity_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        x = load_tile(sample_ptr, index, mask)
+        v = load_tile(velocity_ptr, index, mask)
         mean = a * x + b * v
         if replayed_ptr is not None:
-            value = tl.load(replayed_ptr + index, mask=mask, other=0.0).to(tl.float32)
+            value = load_tile(replayed_ptr, index, mask)
         else:
             seed = None
             if seed_ptr is not None:
@@ -157,9 +155,9 @@ def _backward_kernel(
         scale = tl.div_rn(grad_log_prob * tl.where(c == 0.0, 0.0, slope), tl.cast(numel, tl.float32))
         grad = scale * (value - mean)
     if grad_prev_ptr is not None:
-        grad += tl.load(grad_prev_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        grad += load_tile(grad_prev_ptr, index, mask)
     if grad_mean_ptr is not None:
-        grad += tl.load(grad_mean_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        grad += load_tile(grad_mean_ptr, index, mask)
     if grad_sample_ptr is not None:
         tl.store(grad_sample_ptr + index, round_to(a * grad, grad_sample_ptr.dtype.element_ty), mask=mask)
     tl.store(grad_velocity_ptr + index, round_to(b * grad, grad_velocity_ptr.dtype.element_ty), mask=mask)

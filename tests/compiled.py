@@ -11,8 +11,8 @@ import triton
 
 Row = dict[str, Any]
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-STACK = 0 if TRITON_VERSION >= (3, 9) else 80
-"""Bytes of a thread's registers that may be spilled: ptxas of Triton 3.6 to 3.8 does so in a few of the kernels."""
+STACK = {(3, 6): 72, (3, 7): 80, (3, 8): 8}.get(TRITON_VERSION, 0)
+"""Bytes of a thread's registers that may be spilled, as ptxas of Triton 3.6 to 3.8 does in a few of the kernels."""
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block may have, by architecture."""
 
@@ -40,10 +40,15 @@ def assert_no_fp64_or_spills(rows: list[Row], kernels: set[str]) -> None:
 
 
 def assert_wide(rows: list[Row], *but: str) -> None:
-    """Memory is gone through 16 bytes at a time, but in rows that have one of `but` in their names."""
+    """Rows of tensors move 16 bytes at a time, but in `rows` that have one of `but` in their names.
+
+    What a program reads or writes once counts as much in the code; where every access is narrow less than a fifth is
+    left, of what is aligned by itself.
+    """
     checked = [row for row in rows if not any(word in row["kernel"] for word in but)]
     assert checked
-    assert all(row["wide"] for row in checked), [row for row in checked if not row["wide"]]
+    assert not [row for row in checked if row["wide"] < 0.25]
+    assert not [row for row in rows if "odd" in but and row["kernel"].endswith("odd") and row["wide"] > 0.2]
 
 
 def assert_half_products_on_tensor_cores(rows: list[Row]) -> None:

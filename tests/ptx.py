@@ -18,8 +18,17 @@ from triton.compiler import ASTSource
 from mtedit_fast.kernels.seeded_noise import NUM_WARPS
 
 EVERY = (80, 90, 100)
-WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.\S+ [^;]*, 0x10[,;]")
-"""What moves 16 bytes of a thread at once."""
+MOVES = re.compile(
+    r"\b(?:ld|st)\.global(?:\.\w+)*?(?:\.v([24]))?\.b(8|16|32|64)\b|\bcp\.async\.\S+ [^;]*?, 0x([0-9a-f]+)[,;]"
+)
+
+
+def wide_share(code: str) -> float:
+    """Of the bytes that a thread's loads, stores and asynchronous copies of memory move in the code, those by 16."""
+    sizes = [
+        int(copied, 16) if copied else int(vector or 1) * int(bits) // 8 for vector, bits, copied in MOVES.findall(code)
+    ]
+    return round(sum(size for size in sizes if size == 16) / max(sum(sizes), 1), 3)
 
 
 def report(
@@ -59,9 +68,9 @@ def report(
         key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
     }
     code = compiled.asm["ptx"]
-    found |= {"shared": compiled.metadata.shared, "fp64": code.count(".f64"), "wide": len(WIDE.findall(code))}
+    found |= {"shared": compiled.metadata.shared, "fp64": code.count(".f64"), "wide": wide_share(code)}
     found["fused"] = len(re.findall(r"\bfma\.[a-z.]*f32", code))
-    found["mma"] = [word for word in ("mma.sync", "wgmma", "tcgen05.mma") if re.search(rf"(?<!w)(?:\b){word}", code)]
+    found["mma"] = [word for word in ("mma.sync", "wgmma", "tcgen05.mma") if word in code]
     return found
 
 

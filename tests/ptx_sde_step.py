@@ -3,7 +3,7 @@
 from typing import Any
 
 import triton
-from ptx import report, show
+from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import sde_step, seeded_noise
 
@@ -20,20 +20,20 @@ ONE_ELEMENT = {"numel": 1, "tiles": 1}  # Triton makes constants of integers tha
 
 forward, backward, noise = sde_step._forward_kernel, sde_step._backward_kernel, seeded_noise._kernel
 CASES: list[tuple[str, Any, dict[str, Any], tuple[int, ...]]] = [
-    ("forward seed", forward, FORWARD | SEEDED, (80, 90, 100)),
+    ("forward seed", forward, FORWARD | SEEDED, EVERY),
     ("forward seed bf16 squared", forward, FORWARD | SEEDED | {"out_ptr": "*bf16", "MODE": 2, "STEP": 2}, (90,)),
     ("forward noise", forward, FORWARD | {"noise_ptr": "*bf16", "STEP": 1, "step_ptr": "*i64"}, (90,)),
-    ("forward replay", forward, FORWARD | REPLAYED | {"mean_ptr": None}, (80, 90, 100)),
+    ("forward replay", forward, FORWARD | REPLAYED | {"mean_ptr": None}, EVERY),
     ("forward one element", forward, FORWARD | SEEDED | ONE_ELEMENT, (90,)),
-    ("backward replay", backward, BACKWARD | REPLAYED, (80, 90, 100)),
+    ("backward replay", backward, BACKWARD | REPLAYED, EVERY),
     (
         "backward seed",
         backward,
         BACKWARD | SEEDED | {"grad_sample_ptr": "*fp32", "grad_prev_ptr": "*fp32"},
-        (80, 90, 100),
+        EVERY,
     ),
     ("backward one element", backward, BACKWARD | REPLAYED | ONE_ELEMENT, (90,)),
-    ("noise", noise, SIGNATURE | SEEDED | {"out_ptr": "*fp32"}, (80, 90, 100)),
+    ("noise", noise, SIGNATURE | SEEDED | {"out_ptr": "*fp32"}, EVERY),
     ("noise fp16", noise, SIGNATURE | SEEDED | {"out_ptr": "*fp16"}, (90,)),
 ]
 for _, _, signature, _ in CASES:

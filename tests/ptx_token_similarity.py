@@ -15,8 +15,6 @@ SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(TOKENS, 
 SIGNATURE |= dict.fromkeys(INDICES, "*i64") | {"TOKENS": kernels.TOKENS, "NORMALIZE": True}
 PLAIN = dict.fromkeys(TOKENS, "*fp32") | dict.fromkeys(WEIGHTS) | {"NORMALIZE": False}
 KERNELS = {"pool": kernels._pool_kernel, "cosine": kernels._cosine_kernel, "gradient": kernels._gradient_kernel}
-
-
 EVEN = (*STRIDES, "width", "slope_stride")  # where D is a multiple of 16
 
 

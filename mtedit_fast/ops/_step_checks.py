@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mtedit_fast.ops._samples import check_samples
 from mtedit_fast.ops.coefficients import SDECoefficients
 from mtedit_fast.ops.seeded_noise import check_seed
 
@@ -19,18 +20,8 @@ def check_step(
     rounding: str,
 ) -> bool:
     """Whether the step may be stochastic. Raises on bad arguments; never waits for a device."""
-    for name, tensor in (("sample", sample), ("velocity", velocity), ("noise", noise), ("prev_sample", prev_sample)):
-        if tensor is None and name in ("noise", "prev_sample"):
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-        if name == "sample" and (tensor.ndim < 2 or 0 in tensor.shape[1:]):
-            raise ValueError(f"sample must be [B, ...] with elements in every sample, got {list(tensor.shape)}")
-        if tensor.shape != sample.shape:
-            raise ValueError(f"{name} must have sample's shape {list(sample.shape)}, got {list(tensor.shape)}")
-        if tensor.device != sample.device:
-            raise ValueError(f"{name} must be on sample's device {sample.device}, got {tensor.device}")
+    optional = {"noise": noise, "prev_sample": prev_sample}
+    check_samples(tuple(optional), sample=sample, velocity=velocity, **optional)
     if not isinstance(coefficients, SDECoefficients):
         raise TypeError(f"coefficients must come from sde_coefficients, got {type(coefficients).__name__}")
     table = coefficients.table

@@ -14,30 +14,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mtedit_fast.ops._backend import choose_backend
-from mtedit_fast.ops._rows import raise_if_not_finite, row_sum
+from mtedit_fast.ops._samples import check_samples, raise_if_not_finite, row_sum
 
 SMALLEST_SIZE = 1e-5
 """Floor of the mean absolute error that a squared error is divided by, as in the public code of both losses."""
 
 
 def check_velocities(v_theta: Tensor, **others: Tensor | None) -> None:
-    """[B, ...] floating-point tensors of one shape on one device; those that are None are skipped.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    for name, tensor in {"v_theta": v_theta, **others}.items():
-        if tensor is None and name in ("v_old", "v_ref"):
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-        if name == "v_theta" and (tensor.ndim < 2 or 0 in tensor.shape[1:]):
-            raise ValueError(f"v_theta must be [B, ...] with elements in every sample, got {list(tensor.shape)}")
-        if tensor.shape != v_theta.shape:
-            raise ValueError(f"{name} must have v_theta's shape {list(v_theta.shape)}, got {list(tensor.shape)}")
-        if tensor.device != v_theta.device:
-            raise ValueError(f"{name} must be on v_theta's device {v_theta.device}, got {tensor.device}")
+    """[B, ...] of one shape on one device; v_old and v_ref may be None. Raises as `check_samples`."""
+    check_samples(("v_old", "v_ref"), v_theta=v_theta, **others)
 
 
 def check_rows(v_theta: Tensor, **rows: Tensor | None) -> None:

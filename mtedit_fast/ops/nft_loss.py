@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops._rows import row_sum
+from mtedit_fast.ops._samples import row_sum
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtedit_fast.ops import seeded_noise as noise_op
 from mtedit_fast.ops._backend import choose_backend
-from mtedit_fast.ops._rows import raise_if_not_finite, row_sum
+from mtedit_fast.ops._samples import raise_if_not_finite, row_sum
 from mtedit_fast.ops._step_checks import check_step
 from mtedit_fast.ops.coefficients import SDECoefficients
 
