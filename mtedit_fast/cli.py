@@ -58,7 +58,7 @@ def train(
 
     Data is JSONL beside its images, one chain a line: {"id": "0001", "image": "images/0001.jpg", "instructions":
     ["Remove the cup", "Add a dog", "Make it dusk"]}. Rewards are functions by import path: a vision-language judge, and
-    your own. A run that was stopped goes on where it was, bit for bit. TensorBoard: tensorboard --logdir OUTPUT_DIR.
+    your own. A run that was stopped goes on where it was. TensorBoard: tensorboard --logdir OUTPUT_DIR.
     """
     from mtedit_fast.training.config_file import load_config
     from mtedit_fast.training.run import train as run

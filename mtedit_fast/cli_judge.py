@@ -49,7 +49,7 @@ def train(
 
     Data is JSONL beside its images, one example a line: {"id": "7", "image": "7.png", "edits": ["7_1.png", "7_2.png"],
     "instructions": ["Remove the cup", "Make it dusk"], "scores": [4, 2.5], "thought": "…"}. A score may be null; the
-    thought is what sft and tract imitate. A run that was stopped goes on where it was, bit for bit.
+    thought is what sft and tract imitate. A run that was stopped goes on where it was.
     """
     from mtedit_fast.training.judge.config import load_judge_config
     from mtedit_fast.training.judge.run import train as run

@@ -23,7 +23,7 @@ Overrides = Annotated[
 def teacher(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Train a diffusion model of clean images on corrupted ones, into OUTPUT_DIR/teacher.
 
-    A run that was stopped goes on where it was, bit for bit. TensorBoard: tensorboard --logdir OUTPUT_DIR. Several
+    A run that was stopped goes on where it was. TensorBoard: tensorboard --logdir OUTPUT_DIR. Several
     GPUs: torchrun --nproc-per-node 8 -m mtedit_fast rsd teacher CONFIG.
     """
     from mtedit_fast.training.onestep.config import load_onestep_config

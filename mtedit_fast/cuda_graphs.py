@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from functools import partial
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-capture = partial(torch.cuda.graph, capture_error_mode="thread_local")
-"""`with capture(graph):` records the calls of this thread alone: others, where rewards are scored, may go on."""
+undisturbed = threading.RLock()
+"""Held during a capture, and by threads for as long as what they do would break one: waiting for the whole device,
+emptying its cache, drawing from its default generator."""
 WARM_UP = 3
 """Calls on a side stream before a capture: libraries choose their kernels and allocate workspaces in them."""
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Record the calls of this thread alone."""
+    with undisturbed, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        yield
 
 
 class StaticInputs:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mtedit_fast.editors.base import Condition, Editor, TextConditioning
 from mtedit_fast.ops import SDECoefficients
@@ -112,6 +113,11 @@ class Trajectories:
     def turns(self) -> int:
         return self.clean.shape[1]
 
+    def to(self, device: torch.device | str) -> Trajectories:
+        """The same on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Trajectories(**tree_map_only(Tensor, lambda tensor: tensor.to(device), values))
+
     def micro_batches(self) -> Iterator[slice]:
         """The row slices that went through the transformer together."""
         yield from slices(len(self), self.config.micro_batch)
@@ -155,8 +161,8 @@ class Trajectories:
 
     def with_rows(self, rows: dict[str, Tensor], text: list[TextConditioning]) -> Trajectories:
         """The same rollout with other trajectories: rows as `learning_rows` makes them, and their prompts' text."""
-        fields: dict[str, Any] = {name: value for name, value in rows.items() if hasattr(self, name)}
-        return replace(self, text=text, estimates=None, images=self.images[:0], finite=self.finite[:0], **fields)
+        own: dict[str, Any] = {name: value for name, value in rows.items() if hasattr(self, name)}
+        return replace(self, text=text, estimates=None, images=self.images[:0], finite=self.finite[:0], **own)
 
     def raise_if_not_finite(self) -> None:
         """ValueError naming (sample, turn, step) of every non-finite velocity. Synchronises with the device once."""

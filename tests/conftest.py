@@ -8,6 +8,8 @@ import pytest
 import torch
 from op_backends import BACKENDS
 
+torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are held to fp32's rounding
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:

@@ -44,6 +44,26 @@ def search(editor, images, prompts=None, reward=redness, **options):
     return beam_search(editor, images, prompts, reward, **(defaults | options))
 
 
+class Overwriting:
+    """An editor whose velocities live in memory that the next call of the same shape writes over, as a graph's do."""
+
+    def __init__(self, editor):
+        self.editor, self.memory = editor, {}
+
+    def __getattr__(self, name):
+        return getattr(self.editor, name)
+
+    def velocity(self, latents, timestep, condition):
+        velocity = self.editor.velocity(latents, timestep, condition)
+        return self.memory.setdefault(velocity.shape, torch.empty_like(velocity)).copy_(velocity)
+
+
+def test_velocities_may_be_written_over(editor, images):
+    options = {"micro_batch": 2, "lookahead": 1}
+    expected, found = search(editor, images, **options), search(Overwriting(editor), images, **options)
+    assert torch.equal(found.images, expected.images)
+
+
 # ---- the plain rollout
 
 

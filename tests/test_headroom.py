@@ -1,10 +1,12 @@
 """Micro-batches that fit: chosen by the estimate, halved once when memory runs out in the first iteration."""
 
+import weakref
+
 import pytest
 import torch
 from tiny_train import tiny_config, tiny_trainer
 
-from mtedit_fast.training.headroom import WITHOUT_GPU, choose_micro_batch, settle_micro_batch
+from mtedit_fast.training.headroom import WITHOUT_GPU, FirstIteration, choose_micro_batch, settle_micro_batch
 from mtedit_fast.training.memory import estimate
 
 OPEN = ("rollout.micro_batch=null",)
@@ -63,6 +65,22 @@ def test_out_of_memory_in_the_first_iteration_halves_the_batch_once(tmp_path, op
     for each, other in zip(metrics, expected, strict=True):
         same = {name: value for name, value in each.items() if not name.startswith(("seconds/", "memory/"))}
         assert same == {name: other[name] for name in same}
+
+
+def test_the_second_attempt_begins_without_what_the_first_one_held(tmp_path):
+    trainer = tiny_trainer(tmp_path, "rollout.micro_batch=8", "run.iterations=1")
+    held = []
+
+    def step():
+        mine = torch.zeros(1)
+        if not held:
+            held.append(weakref.ref(mine))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"held": float(held[0]() is not None), "micro_batch": float(trainer.config.rollout.micro_batch)}
+
+    with pytest.warns(UserWarning, match="is now 4 instead of 8"):
+        metrics = FirstIteration(trainer, gpus=1)(step)
+    assert (metrics["held"], metrics["micro_batch"]) == (0, 4)
 
 
 def test_out_of_memory_that_halving_does_not_help_names_the_need(tmp_path):

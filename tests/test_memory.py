@@ -18,6 +18,7 @@ from mtedit_fast.training.playground.models import load_pipeline
 from mtedit_fast.training.public_models import FAMILIES, PUBLIC, describe
 
 CONFIGS = Path(module.__file__).parent / "configs"
+DOCS = Path(__file__).parents[1] / "docs" / "editors.md"
 SIZES = {"1gpu": 1, "8gpu": 8, "16gpu": 16}
 
 
@@ -137,13 +138,15 @@ def test_public_transformers_have_their_published_size(family, path, billions):
 
 
 @pytest.mark.parametrize("family", ["kontext", "qwen_image_edit", "flux2_klein"])
-def test_configurations_state_their_estimate_and_fit_80_gb(family):
+def test_configurations_and_docs_state_their_estimate_and_fit_80_gb(family):
     for suffix, gpus in SIZES.items():
         path = CONFIGS / f"{family}_{suffix}.yaml"
         text, config = path.read_text(encoding="utf-8"), load_config(path)
         result = estimate(config, gpus)
         assert f"an estimate that has not been measured: {result.header()}.\n" in text
         assert path.name in text.splitlines()[1]
+        row = next(line for line in DOCS.read_text(encoding="utf-8").splitlines() if f"configs/{path.name})" in line)
+        assert f"| {gpus} | {result.total / 2**30:.1f} |" in row
         assert result.total < 80e9
         assert (config.model.family, config.rollout.turns, config.rollout.group_size) == (family, 3, 16)
         assert (config.model.lora.rank, config.model.lora.alpha, config.data.size) == (32, 64, (512, 512))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from tiny import SIZE, tiny_editor
+from torch.utils._pytree import tree_leaves
 
 from mtedit_fast.ops import sde_step, seeded_noise
 from mtedit_fast.rollout import RolloutConfig, _denoise, replay, rollout, sample_seeds
@@ -237,6 +238,15 @@ def test_references_of_different_sizes_are_refused(editor):
         editor.encode_image(torch.rand(2, 2, 3, SIZE, SIZE))
     with pytest.raises(ValueError, match="references: KontextEditor takes 1 to 1 per edit, got 2"):
         editor.condition(torch.rand(2, 32, 64), {}, height=SIZE, width=SIZE)
+
+
+def test_trajectories_move_whole(editor, references):
+    trajectories = rollout(editor, references, PROMPTS, CONFIG, sample_seeds(0, 0, 8))
+    moved = trajectories.to("meta")
+    tensors = [leaf for leaf in tree_leaves(vars(moved)) if isinstance(leaf, torch.Tensor)]
+    assert tensors
+    assert all(tensor.is_meta for tensor in tensors)
+    assert (moved.config, moved.steps, len(moved)) == (trajectories.config, trajectories.steps, 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a host sync can only be caught on a GPU")

@@ -212,7 +212,8 @@ def test_losses_that_are_not_finite_are_left_out(tmp_path):
     before = parameter.detach().clone()
 
     def loss(numbers):
-        ones = torch.ones(len(numbers), 3, 8, 8, device=numbers.device)
+        numbers = numbers.to(loop.device)
+        ones = torch.ones(len(numbers), 3, 8, 8, device=loop.device)
         values = loop.denoiser(ones, ones[0, 0, 0, 0]).square().mean((1, 2, 3))
         return torch.where(numbers % 3 == 0, torch.nan, values)
 

@@ -8,6 +8,7 @@ import torch.distributed as distributed
 from distributed_worker import run_ranks
 from tiny_train import tiny_trainer
 
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="ranks need a GPU each, or none at all")
 # Three groups of four: two on the first of two ranks, one on the second.
 UNEQUAL = ("rollout.groups_per_iteration=3", "optimizer.lr=0.01", "run.iterations=2")
 SETTINGS = {
@@ -31,9 +32,9 @@ def train(rank, runs):
         trainer = tiny_trainer(Path(folder), *overrides)
         history = list(trainer.fit())
         evaluation = trainer.evaluate()
-        state = {name: value.numpy() for name, value in trainer.adapter().items()}
-        average = [value.numpy() for value in trainer.adapters.averages]
-        results.append((state, average, history, evaluation.rewards["brightness"].numpy()))
+        state = {name: value.cpu().numpy() for name, value in trainer.adapter().items()}
+        average = [value.cpu().numpy() for value in trainer.adapters.averages]
+        results.append((state, average, history, evaluation.rewards["brightness"].cpu().numpy()))
     return results
 
 

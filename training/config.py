@@ -112,7 +112,8 @@ class RolloutConfig(Section):
         description="folder of `mtedit-fast export --lora-rank`, which samples in the model's place (nft, crd)",
     )
     cuda_graphs: bool = Field(
-        default=True, description="replay each denoising step as one captured launch; the same numbers, on CUDA alone"
+        default=True,
+        description="replay each denoising step as one captured launch; the same numbers, on CUDA alone, not for Qwen",
     )
     latent_chain: bool = Field(
         default=False, description="hand latents to the next turn without decode, 8-bit and encode"

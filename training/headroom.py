@@ -82,17 +82,23 @@ class FirstIteration:
         cuda = self.trainer.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.trainer.device)
-        try:
-            metrics = step()
-        except torch.OutOfMemoryError:
-            if self.gpus > 1 or self.trainer.config.rollout.micro_batch == 1:
-                with self._explained():
-                    raise
+        metrics = self._attempt(step)
+        if metrics is None:  # out here, where no traceback holds the failed attempt's tensors any more
             self._halve()
             with self._explained():
                 metrics = step()
         self.done = True
         return metrics | self._peak() if cuda else metrics
+
+    def _attempt(self, step: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+        """None where memory ran out and half a micro-batch may do."""
+        try:
+            return step()
+        except torch.OutOfMemoryError:
+            if self.gpus > 1 or self.trainer.config.rollout.micro_batch == 1:
+                with self._explained():
+                    raise
+            return None
 
     def _halve(self) -> None:
         rollout, objective = self.trainer.config.rollout, self.trainer.objective
@@ -100,10 +106,11 @@ class FirstIteration:
         rollout.micro_batch = before // 2
         if objective.forward_rows is not None:
             objective.forward_rows = max(1, objective.forward_rows // 2)
-        if self.trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.trainer.optimizer.zero_grad()
         self.trainer.editor.invalidate()  # gradients that wait at shared references are of the attempt that failed
+        self.trainer.sample.forget_graphs()
+        if self.trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
         warnings.warn(
             f"out of memory in the first iteration: rollout.micro_batch is now {rollout.micro_batch} instead of "
             f"{before}; set it in the configuration to begin so",

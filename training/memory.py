@@ -201,6 +201,8 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "LoRA and optimizer": copies * 4 * measured.adapter,
         "trajectories": _trajectories(config, measured, gpus),
     }
+    if config.rollout.cuda_graphs and config.run.sharding == "none" and not measured.text_sees_image:
+        held["a captured forward"] = measured.sample  # what it computes with stays its own
     if measured.references:
         held["keys and values of references"] = measured.references
     if config.rollout.precision == "fp8":

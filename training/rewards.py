@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtedit_fast.cuda_graphs import undisturbed
 from mtedit_fast.editors import Editor
 from mtedit_fast.rewards import RewardBatch
 from mtedit_fast.training.config import RewardConfig
@@ -74,7 +75,7 @@ class RewardStream:
     def _score(self, batch: RewardBatch, ready: torch.cuda.Event) -> dict[str, Tensor]:
         """On a stream of their own, behind what has decoded these images."""
         stream = _stream(batch.edits.device)
-        with torch.cuda.stream(stream):
+        with undisturbed, torch.cuda.stream(stream):  # a reward is any code
             ready.wait(stream)
             values = score(self._rewards, batch)
         stream.synchronize()

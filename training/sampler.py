@@ -41,7 +41,8 @@ class Sampler:
         fp8: Float8Switch | None = None,
     ):
         self.adapters, self.config, self.timer, self.fp8 = adapters, config, timer, fp8
-        graphs = config.rollout.cuda_graphs and config.run.sharding == "none"  # sharded weights come and go
+        # Sharded weights come and go; texts that see the image differ in length, and every length would be captured.
+        graphs = config.rollout.cuda_graphs and config.run.sharding == "none" and not editor.text_sees_image
         self.editor: Editor = GraphedEditor(editor) if graphs else editor
         self.engine: EnginePipeline | None = None
         if config.rollout.engine is not None:
@@ -79,6 +80,8 @@ class Sampler:
                     on_finished=lambda rows, part: stream.submit(self._reward_batch(records, references, rows, part)),
                 )
             trajectories.raise_if_not_finite()
+            if self.engine is not None:
+                trajectories = trajectories.to(self.adapters.parameters[0].device)  # an engine may be of the CPU
             with self.timer("reward"):  # what is left of it
                 rewards = stream.result()
                 if self.config.advantage.credit == "dense_ode":
@@ -86,6 +89,11 @@ class Sampler:
                     rewards = step_rewards(self.editor, trajectories, whole, self.config.rewards)
         trajectories.group = trajectories.group + first_group
         return trajectories, rewards
+
+    def forget_graphs(self) -> None:
+        """Give the memory of captured graphs back."""
+        if isinstance(self.editor, GraphedEditor):
+            self.editor.forget()
 
     def _sampling_adapter(self) -> dict[str, Tensor]:
         """A and B by layer, of θ or the old policy."""
@@ -99,9 +107,10 @@ class Sampler:
 
     def _reward_batch(self, records: list[Record], references: Tensor, rows: slice, edits: Tensor) -> RewardBatch:
         """What rewards see of the trajectories at `rows`, whose images are `edits`."""
-        owners = [row // self.config.rollout.group_size for row in range(rows.start, rows.stop)]
+        size = self.config.rollout.group_size
+        owners = [row // size for row in range(rows.start, rows.stop)]
         return RewardBatch(
-            references=references[owners],
+            references=references[rows.start // size : rows.stop // size].repeat_interleave(size, 0),  # whole groups
             edits=edits,
             instructions=[records[owner].instructions for owner in owners],
             records=[records[owner].fields() for owner in owners],

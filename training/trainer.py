@@ -1,8 +1,9 @@
 """The training loop: roll out, score, compute advantages, update. Read `Trainer.fit` and `Trainer.step` first.
 
 Everything random is a pure function of (seed, iteration, sample), and everything else that changes is in the
-checkpoint, so a run that is killed and resumed ends with the weights of an uninterrupted one, bit for bit. On several
-processes every iteration's batch is the same as on one, divided by whole groups.
+checkpoint, so a run that is killed and resumed ends with the weights of an uninterrupted one: bit for bit where
+kernels repeat themselves, as a CPU's do. On several processes every iteration's batch is the same as on one, divided
+by whole groups.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Trainer:
         self._check_groups()
         self.config = config = settle_micro_batch(config, self.device, self.world)
         self._guarded = FirstIteration(self, self.world)
+        if config.run.sharding == "none":
+            editor.to(self.device)
         self.model: Any = editor.transformer  # the module itself; editor.transformer may become a wrapper
         self.adapters = Adapters(
             self.model,
@@ -123,6 +126,8 @@ class Trainer:
             self.fp8 = Float8Switch(self.editor)
         if config.model.compile != "none":
             compile_transformer(self.editor, config.model.compile)
+        if config.exact_replay:  # with gradient cuDNN's attention is planned anew, and may round otherwise
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if config.run.sharding == "fsdp2":
             shard(self.model, self.device)
         # Evaluation mode: autocast only, without DistributedDataParallel (see training.distributed).

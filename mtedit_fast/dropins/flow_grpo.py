@@ -30,7 +30,8 @@ def sde_step_with_logprob(
     """One reverse-SDE step and its log-probability, call-compatible with flow_grpo.
 
     Given the same generator, samples are those of the original: the noise is drawn with diffusers' ``randn_tensor``
-    in fp32, also where it is multiplied by zero. Nothing here waits for the device.
+    in fp32, also where it is multiplied by zero. Nothing here waits for the device, unless a ``generator`` is of the
+    CPU: its noise is drawn there and copied, as in the original.
 
     Args:
         self: the scheduler, after ``set_timesteps``; it is read only.

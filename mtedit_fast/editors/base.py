@@ -55,6 +55,9 @@ class Editor(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def to(self, device: torch.device | str) -> Editor:
+        """Itself, with every model on `device`."""
+
     @property
     def dtype(self) -> torch.dtype: ...
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class GraphedEditor:
         self.editor, self.keep = editor, keep
         self.captures = 0
         self._graphs: OrderedDict[Hashable, CapturedCall] = OrderedDict()
-        self._current: tuple[Condition, CapturedCall] | None = None
+        # Weakly: the condition is a turn's, and what it holds should end with it.
+        self._current: tuple[Callable[[], Condition | None], CapturedCall] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.editor, name)
@@ -40,11 +42,16 @@ class GraphedEditor:
         """The editor's, in memory that the next call writes over."""
         if not latents.is_cuda or torch.is_grad_enabled():
             return self.editor.velocity(latents, timestep, condition)
-        if self._current is None or self._current[0] is not condition:  # a new turn
-            self._current = condition, self._graph(latents, timestep, condition)
+        if self._current is None or self._current[0]() is not condition:  # a new turn
+            self._current = weakref.ref(condition), self._graph(latents, timestep, condition)
         call = self._current[1]
         call.inputs[0].load((latents, timestep))
         return call()
+
+    def forget(self) -> None:
+        """Give the graphs' memory back; the next calls capture again."""
+        self._graphs.clear()
+        self._current = None
 
     def _graph(self, latents: Tensor, timestep: Tensor, condition: Condition) -> CapturedCall:
         parts = vars(condition)

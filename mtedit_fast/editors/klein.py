@@ -55,6 +55,7 @@ class KleinEditor(PipelineEditor):
         if self.negative_prompt is not None:
             if self._negative is None:
                 self._negative = self._encode([self.negative_prompt])
+            self._negative = self._negative.to(self.device)
             text[NEGATIVE + "embeds"] = self._negative.expand(len(prompts), -1, -1)
         return text
 

@@ -33,8 +33,8 @@ class KontextEditor(PipelineEditor):
 
     def __init__(self, pipeline: Any, *, max_sequence_length: int = 512):
         super().__init__(pipeline, max_sequence_length=max_sequence_length)
-        self._ids: dict[tuple[int, ...], Tensor] = {}
-        self._txt_ids: dict[int, Tensor] = {}
+        self._ids: dict[tuple[Any, ...], Tensor] = {}
+        self._txt_ids: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str], images: Tensor | None = None) -> TextConditioning:
@@ -107,19 +107,21 @@ class KontextEditor(PipelineEditor):
         return prediction[:, :tokens]
 
     def _text_ids(self, length: int) -> Tensor:
-        if length not in self._txt_ids:
-            self._txt_ids[length] = torch.zeros(length, 3, device=self.device, dtype=self.dtype)
-        return self._txt_ids[length]
+        key = (self.device, length)
+        if key not in self._txt_ids:
+            self._txt_ids[key] = torch.zeros(length, 3, device=self.device, dtype=self.dtype)
+        return self._txt_ids[key]
 
     def _image_ids(self, height: int, width: int, reference_height: int, reference_width: int) -> Tensor:
         """Position ids of [noise, reference] tokens, [N + M, 3]; the reference's first coordinate is 1."""
-        key = (height, width, reference_height, reference_width)
+        sides = ((height, width), (reference_height, reference_width))
+        key = (self.device, *sides)
         if key not in self._ids:
             noise, reference = (
                 self.pipeline._prepare_latent_image_ids(
                     1, side[0] // self._multiple, side[1] // self._multiple, self.device, self.dtype
                 )
-                for side in (key[:2], key[2:])
+                for side in sides
             )
             reference[..., 0] = 1
             self._ids[key] = torch.cat([noise, reference])

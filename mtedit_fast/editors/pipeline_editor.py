@@ -76,6 +76,11 @@ class PipelineEditor:
         pipeline: Any = DiffusionPipeline.from_pretrained(local if local.exists() else path, dtype=dtype)
         return cls(pipeline.to(device), **options)
 
+    def to(self, device: torch.device | str) -> Self:
+        """Every model of it, in place."""
+        self.pipeline.to(device)
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.pipeline.transformer.device

@@ -284,7 +284,8 @@ class _Search:
         parts = []
         for rows in slices(len(latents), self.config.micro_batch):
             condition = self._condition(parent[rows])
-            parts.append(self.editor.velocity(latents[rows], self.timesteps[step], condition))
+            # Cloned: what a graph returned, its next replay writes over.
+            parts.append(self.editor.velocity(latents[rows], self.timesteps[step], condition).clone())
             self.cost.calls += 1
             self.cost.rows += len(parts[-1]) * condition.branches
         return torch.cat(parts)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -141,11 +142,17 @@ def ictm(
     x, shape = start, start.shape[1:]
     stopped = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     times, draws = settings.times(), 1 + settings.probes
+
+    def on_device(numbers: Sequence[float]) -> Sequence[Tensor]:
+        """In one copy, which the host waits for; each in memory of its own, aligned as a graph expects."""
+        return [number.clone() for number in torch.tensor(numbers, dtype=x.dtype, device=x.device)]
+
+    starts, spans = on_device(times[:-1]), on_device([later - time for time, later in pairwise(times)])
+    counts = on_device(range(1, settings.inner_steps + 1))
     # Second derivatives exist for the plain form of attention alone.
     with sdpa_kernel(SDPBackend.MATH) if traced else nullcontext(), _autograd_in_graphs(compile is not False):
         for step in range(settings.steps):
-            now = torch.tensor(times[step], dtype=x.dtype, device=x.device)
-            dt = torch.tensor(times[step + 1] - times[step], dtype=x.dtype, device=x.device)
+            now, dt = starts[step], spans[step]
             target = torch.lerp(measured_start, y, times[step + 1])
             ahead, losses = x, x.new_zeros(len(x))
             first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -156,9 +163,8 @@ def ictm(
                     assert seeds is not None
                     drawn = [seeded_noise(seeds, shape, counter + 1 + j, dtype=x.dtype) for j in range(settings.probes)]
                     probes = torch.stack(drawn).sign()
-                count = torch.tensor(k + 1.0, dtype=x.dtype, device=x.device)
                 leaf = ahead.detach().requires_grad_()  # out here: before torch 2.13 no graph takes it
-                ahead, first, second, losses = inner(leaf, first, second, count, now, dt, target, probes, step == 0)
+                ahead, first, second, losses = inner(leaf, first, second, counts[k], now, dt, target, probes, step == 0)
                 if settings.noise > 0:
                     assert seeds is not None
                     ahead = ahead + settings.noise * seeded_noise(seeds, shape, counter, dtype=x.dtype)

@@ -126,9 +126,7 @@ class OneStepGenerator(ImageSource):
         # σ never changes, so that the preconditioning is three numbers: of z to the network, of z and F to the image.
         self._to_input, self._skip, self._out = float(c.input) * sigma_init, float(c.skip) * sigma_init, float(c.out)
         self._noise_label = float(c.noise)
-        self._run: Callable[..., Tensor] = self._forward
-        if self._compile is not False:
-            self._run = torch.compile(self._forward, **self._compile)
+        self._compiled = None if self._compile is False else torch.compile(self._forward, **self._compile)
         self._graphs: dict[tuple[int, ...], CapturedCall] = {}
 
     @torch.no_grad()
@@ -159,10 +157,10 @@ class OneStepGenerator(ImageSource):
         return self._graphs[key]().clone()
 
     def _run_float(self, latents: Tensor, mask: Tensor | None) -> Tensor:
-        return self._run(latents, mask, False)
+        return (self._compiled or self._forward)(latents, mask, False)
 
     def _run_pixels(self, latents: Tensor, mask: Tensor | None) -> Tensor:
-        return self._run(latents, mask, True)
+        return (self._compiled or self._forward)(latents, mask, True)
 
     def _forward(self, latents: Tensor, mask: Tensor | None, pixels: bool) -> Tensor:
         label = latents.new_full((len(latents),), self._noise_label)

@@ -91,8 +91,9 @@ class Blur(Operator):
     def adjoint(self, y: Tensor) -> Tensor:
         self._check(y)
         for dim in (3, 2):
-            wide = F.conv_transpose2d(y, self._kernel(y, dim), groups=y.shape[1])
             size, pad = y.shape[dim], self.pad
+            # A transposed convolution, as the kernel is symmetric; cuDNN's, unlike this one, would round to TF32.
+            wide = F.conv2d(F.pad(y, _sides(dim, 2 * pad, 2 * pad)), self._kernel(y, dim), groups=y.shape[1])
             y = wide.narrow(dim, pad, size)
             # What the mirrored pixels received goes back to those they mirror: 1 … pad, and the same from the end.
             y = y + F.pad(wide.narrow(dim, 0, pad).flip(dim), _sides(dim, 1, size - pad - 1))

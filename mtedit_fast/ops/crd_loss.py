@@ -207,7 +207,14 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, r, groups, centre, weight, beta, scale, adaptive, kl_weight, kl_floor)
 
 
-_op = torch.library.custom_op("mtedit_fast::crd_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
+_op = torch.library.custom_op(
+    "mtedit_fast::crd_loss",
+    _forward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
 
 
 @_op.register_fake

@@ -290,9 +290,20 @@ def _set_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-_op = torch.library.custom_op("mtedit_fast::digit_score", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
+_op = torch.library.custom_op(
+    "mtedit_fast::digit_score",
+    _forward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
 _backward_op = torch.library.custom_op(
-    "mtedit_fast::digit_score_backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
+    "mtedit_fast::digit_score_backward",
+    _backward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    tags=torch.Tag.cudagraph_unsafe,
 )
 
 

@@ -184,7 +184,14 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, t, r, weight, beta, scale, kl_weight)
 
 
-_op = torch.library.custom_op("mtedit_fast::nft_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
+_op = torch.library.custom_op(
+    "mtedit_fast::nft_loss",
+    _forward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
 
 
 @_op.register_fake

@@ -235,7 +235,14 @@ def _forward(
     )
 
 
-_op = torch.library.custom_op("mtedit_fast::sde_step", _forward, mutates_args=(), device_types=("cpu", "cuda"))
+# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
+_op = torch.library.custom_op(
+    "mtedit_fast::sde_step",
+    _forward,
+    mutates_args=(),
+    device_types=("cpu", "cuda"),
+    tags=torch.Tag.cudagraph_unsafe,
+)
 
 
 @_op.register_fake

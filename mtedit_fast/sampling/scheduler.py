@@ -46,7 +46,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     ``FlowMatchSDEScheduler.from_config(pipe.scheduler.config, eta=0.9)`` keeps the schedule of the stock scheduler.
     The step computes in fp32, returns the next sample in the dtype of the incoming one and takes the log-prob on that
     rounded value, so that a replay reproduces it. It never waits for the device, given ``set_begin_index`` (as stock
-    pipelines do). A velocity that is not finite shows in :meth:`raise_if_nan`, to be called after the loop.
+    pipelines do) and noise that is drawn there, not by a ``torch.Generator`` of the CPU. A velocity that is not finite
+    shows in :meth:`raise_if_nan`, to be called after the loop.
 
     Args:
         variant: sampler, see :func:`mtedit_fast.ops.sde_coefficients`.

@@ -1,8 +1,8 @@
 """The loop that teachers and students are trained in: read `Loop.fit` first.
 
 Everything random is a function of (seed, step, image), and all else that changes is in the checkpoint, so a run that is
-killed and resumed ends with the weights of an uninterrupted one, bit for bit. On several processes every step's batch
-is the same as on one, divided among them.
+killed and resumed ends with the weights of an uninterrupted one: bit for bit where kernels repeat
+themselves, as a CPU's do. On several processes every step's batch is the same as on one, divided among them.
 """
 
 from __future__ import annotations
