@@ -4,7 +4,6 @@ import copy
 import math
 import time
 import weakref
-from dataclasses import replace
 
 import judge_truth
 import pytest
@@ -33,7 +32,7 @@ from mtedit_fast.training.trainer import Trainer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU, SIZE = torch.device("cuda", 0), 32
 PROMPTS = [["Remove red circle", "Add blue square"], ["Add red square", "Remove blue circle"]]
-CONFIG = RolloutConfig(group_size=2, num_steps=3, micro_batch=2, eta=0.5, guidance_scale=2.0)
+CONFIG = RolloutConfig(group_size=2, num_steps=2, micro_batch=2, eta=0.5, guidance_scale=2.0)
 
 
 @pytest.fixture(params=["kontext", "klein", "klein_kv", "qwen"])
@@ -65,22 +64,18 @@ def test_rollouts_are_the_cpus_and_replay_exactly(editors):
     with torch.no_grad():
         for rows in found.micro_batches():
             for turn in range(2):
-                assert torch.equal(replay(gpu, found, rows, turn, 1).log_prob, found.log_probs[rows, turn, 1])
+                assert torch.equal(replay(gpu, found, rows, turn, 0).log_prob, found.log_probs[rows, turn, 0])
 
 
 def test_graphs_give_what_eager_gives(editors):
     eager = sampled(editors[1])
-    graphed = GraphedEditor(editors[1])
+    graphed, captures = GraphedEditor(editors[1]), 0
     for _ in range(2):
         found = sampled(graphed)
         assert torch.equal(found.clean, eager.clean)
         assert torch.equal(found.log_probs, eager.log_probs)
-    captures = graphed.captures
-    assert captures >= 1
-    sampled(graphed)
-    assert graphed.captures == captures
-    wider = sampled(editors[1], replace(CONFIG, micro_batch=4))
-    assert torch.equal(sampled(graphed, replace(CONFIG, micro_batch=4)).clean, wider.clean)
+        captures = captures or graphed.captures
+    assert graphed.captures == captures >= 1  # the second rollout needs no more
 
 
 def test_step_loops_never_wait(editors):
@@ -99,7 +94,7 @@ def test_replayed_gradients_are_the_cpus(editors):
     for editor in editors:
         trajectories = sampled(editor)
         editor.transformer.requires_grad_(True)
-        replay(editor, trajectories, slice(0, 2), 0, 1).log_prob.sum().backward()
+        replay(editor, trajectories, slice(0, 2), 0, 0).log_prob.sum().backward()
         editor.backward_references()
         gradients.append([p.grad for p in editor.transformer.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
@@ -113,7 +108,7 @@ def test_aligned_edits_are_the_cpus(editors):
 
     def aligned(editor):
         prompts, seeds = [turns[0] for turns in PROMPTS], torch.arange(2, device=editor.device)
-        options = {"num_steps": 3, "guidance_scale": 2.5, "seeds": seeds, "scale": 20.0}
+        options = {"num_steps": 2, "guidance_scale": 2.5, "seeds": seeds, "scale": 20.0}
         return align_edit(editor, images().to(editor.device), prompts, phrases, **options)
 
     close(aligned(editors[1]), aligned(editors[0]), 1 / 255 + 1e-4)
@@ -121,7 +116,7 @@ def test_aligned_edits_are_the_cpus(editors):
 
 def test_beams_are_the_cpus(editors):
     def searched(editor):
-        start, options = images().to(editor.device), {"width": 2, "branching": 2, "lookahead": 1, "num_steps": 3}
+        start, options = images().to(editor.device), {"width": 2, "branching": 2, "lookahead": 1, "num_steps": 2}
         return beam_search(editor, start, PROMPTS, lambda batch: batch.edits[:, :, 0].mean((-1, -2)), **options)
 
     expected, found = (searched(editor) for editor in editors)
@@ -206,9 +201,9 @@ def test_nothing_is_captured_while_a_reward_waits_for_the_device(tmp_path):
 
 def waits(batch):
     """A reward that does what no capture survives."""
-    for _ in range(20):
+    for _ in range(10):
         torch.cuda.synchronize()
-        time.sleep(0.05)
+        time.sleep(0.02)
     return batch.edits.mean((2, 3, 4))
 
 

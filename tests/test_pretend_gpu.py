@@ -74,5 +74,5 @@ def test_it_refuses_what_a_gpu_refuses(tmp_path):
     ids=["families", "other"],
 )
 def test_what_runs_on_a_gpu(files):
-    chosen = ["-k", "graph or never_waits or stream or ratio or resumed_is"] if len(files) > 1 else []
+    chosen = ["-k", "(graph or never_waits or stream or ratio) and not compiled"] if len(files) > 1 else []
     pretended("pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *(HERE / name for name in files), *chosen)

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils._device
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mtedit_fast.ops import _backend
 from pretend_gpu import tensors
@@ -149,17 +151,25 @@ def pretend(kernels: bool) -> None:
         setattr(torch.cuda, name, value)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a CPU tensor cannot turn into another class
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)  # type: ignore[assignment]
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is then a copy that is seen
+    torch.utils._device._device_constructors()  # keeps a list of them, in which the real one belongs
+    tensor = torch.tensor  # reads what it is given without asking
+    torch.tensor = lambda data, *args, **kwargs: tensor(tree_map_only(OnGPU, OnGPU.tolist, data), *args, **kwargs)  # type: ignore[assignment]
     _interpret()
     _without(("cuda",) if kernels else ("cuda", "triton"))
-    Pretend().__enter__()
+    _enter()
     start = threading.Thread.run
 
     def run(thread: threading.Thread) -> None:
-        with Pretend():
-            start(thread)
+        _enter()
+        start(thread)
 
     threading.Thread.run = run  # type: ignore[method-assign]
+
+
+def _enter() -> None:
+    """In this thread, for good."""
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") is then a copy that is seen
+    Pretend().__enter__()
 
 
 def _without(backends: tuple[str, ...]) -> None:
