@@ -109,8 +109,8 @@ class Models:
             self.load(adapter, values)
         self.adapter_bytes = sum(value.numel() * value.element_size() for value in values)
         if case.compiled:
-            base.compile_repeated_blocks()
-            twin.compile_repeated_blocks()
+            for model in (base, twin):
+                model.compile_repeated_blocks(dynamic=False)  # a second batch size would get kernels of dynamic shapes
 
     def load(self, adapter: str, values: Sequence[Tensor]) -> None:
         """The same values, layer by layer as in `own.parameters`, into an adapter ("default" or "old") of both."""

@@ -168,9 +168,9 @@ def bench(case: Case, min_seconds: float) -> Row:
     if not difference <= ALLOWED:
         raise RuntimeError(f"{case}: scores differ by {difference:.3g}, {ALLOWED} is allowed: no row")
     # each call ends on the host, so that a GPU is timed like a CPU
-    times = harness.measure(
-        {name: [call] for name, call in calls.items()}, torch.device("cpu"), min_seconds=min_seconds
-    )
+    peers = {name: [call] for name, call in calls.items()}
+    samples = harness.host_samples(case.device)
+    times = harness.measure(peers, torch.device("cpu"), min_seconds=min_seconds, samples=samples)
     own = times["ours"]
     gflop_per_s, peak = (
         case.flops / own.median / 1e3,

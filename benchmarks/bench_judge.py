@@ -12,7 +12,7 @@ the largest distance between the first and the last.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from random import Random
 from typing import Any
 
@@ -81,19 +81,10 @@ class Case:
     def spec(self) -> ImageSpec:
         return ImageSpec() if self.full else IMAGES
 
-    @cached_property
+    @property
     def parts(self) -> tuple[Any, Any]:
-        """(model, tokenizer); the full-size model has random weights, and the playground's tokenizer."""
-        model, tokenizer = load_judge_parts()
-        if self.full:
-            names = ("image", "video", "vision_start", "vision_end")
-            special = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in names}
-            with torch.device(self.device):
-                torch.set_default_dtype(self.dtype)
-                model = Qwen3VLForConditionalGeneration(qwen3_vl_8b(**special)).eval()
-                torch.set_default_dtype(torch.float32)
-        assert all(token in tokenizer.get_vocab() for token in SPECIAL)
-        return model.to(self.device), tokenizer
+        """(model, tokenizer)"""
+        return parts(self.full, self.device, self.dtype)
 
     @cached_property
     def images(self) -> tuple[Tensor, Tensor]:
@@ -119,6 +110,21 @@ class Case:
     @property
     def tokens(self) -> list[int]:
         return [self.spec.tokens(*self.images[0].shape[-2:])] * (self.turns + 1)
+
+
+@lru_cache(maxsize=1)  # cases of one run differ in their turns: the large model is built once
+def parts(full: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer); the full-size model has random weights, and the playground's tokenizer."""
+    model, tokenizer = load_judge_parts()
+    if full:
+        names = ("image", "video", "vision_start", "vision_end")
+        special = {f"{name}_token_id": getattr(model.config, f"{name}_token_id") for name in names}
+        with torch.device(device):
+            torch.set_default_dtype(dtype)
+            model = Qwen3VLForConditionalGeneration(qwen3_vl_8b(**special)).eval()
+            torch.set_default_dtype(torch.float32)
+    assert all(token in tokenizer.get_vocab() for token in SPECIAL)
+    return model.to(device), tokenizer
 
 
 def qwen3_vl_8b(**special: int) -> Qwen3VLConfig:
@@ -198,9 +204,9 @@ def bench(case: Case, min_seconds: float) -> Row:
     if not difference <= ALLOWED[case.dtype]:
         raise RuntimeError(f"{case}: scores differ by {difference:.3g}, {ALLOWED[case.dtype]} is allowed: no row")
     # each call ends on the host, so that a GPU is timed like a CPU
-    times = harness.measure(
-        {name: [call] for name, call in calls.items()}, torch.device("cpu"), min_seconds=min_seconds
-    )
+    peers = {name: [call] for name, call in calls.items()}
+    samples = harness.host_samples(case.device)
+    times = harness.measure(peers, torch.device("cpu"), min_seconds=min_seconds, samples=samples)
     own = times["ours"]
     model, tokenizer = case.parts
     token = tokenizer.convert_ids_to_tokens(model.config.image_token_id)

@@ -2,7 +2,7 @@
 
 Timing. On a GPU below 100 µs per call a launch costs as much as a kernel, so calls are timed inside a CUDA graph
 ("graph"), and again as plain launches ("stream"), which is what an uncaptured loop pays. On a CPU each call is timed
-("call"). Inputs are random and rotate through more memory than the last cache holds.
+("call"). Inputs are random and rotate through more memory than the last cache holds; outputs, too, inside a graph.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+LONG = 1e-3  # seconds of a call on a GPU, from which on few samples of few calls say enough
+FEW = 5
 
 
 class Timing(NamedTuple):
@@ -66,12 +68,18 @@ def measure(
     """Times each peer's calls, going round, after one round to warm up.
 
     Peers take turns call by call, so that whatever else the machine does falls on all of them alike. It goes on for
-    `min_seconds` per peer, and `samples` times at least.
+    `min_seconds` per peer, and `samples` times at least: `FEW` times where a call of one of them is long on a GPU.
     """
     for calls in peers.values():
         for call in calls:
             call()
-    timers = {name: (_cpu_timer if device.type == "cpu" else _gpu_timer)(calls, graph) for name, calls in peers.items()}
+    timers: dict[str, Callable[[], float]]
+    if device.type == "cpu":
+        timers = {name: _cpu_timer(calls) for name, calls in peers.items()}
+    else:
+        once = {name: _once(calls[0]) for name, calls in peers.items()}
+        timers = {name: _gpu_timer(calls, graph, once[name] > LONG) for name, calls in peers.items()}
+        samples = min(samples, FEW) if max(once.values()) > LONG else samples
     found: dict[str, list[float]] = {name: [] for name in peers}
     until = time.perf_counter() + min_seconds * len(peers)
     for count in itertools.count():
@@ -82,7 +90,7 @@ def measure(
     raise AssertionError
 
 
-def _cpu_timer(calls: Sequence[Call], _: bool) -> Callable[[], float]:
+def _cpu_timer(calls: Sequence[Call]) -> Callable[[], float]:
     turn = itertools.cycle(calls)
 
     def seconds() -> float:
@@ -94,9 +102,23 @@ def _cpu_timer(calls: Sequence[Call], _: bool) -> Callable[[], float]:
     return seconds
 
 
-def _gpu_timer(calls: Sequence[Call], graph: bool) -> Callable[[], float]:
-    """Seconds per call, over one round of the inputs and at least 20 calls."""
-    batch = list(itertools.islice(itertools.cycle(calls), max(20, len(calls))))
+def host_samples(device: torch.device) -> int:
+    """Of whole paths that end on the host, timed as on a CPU: those of full size, on a GPU, take long."""
+    return FEW if device.type == "cuda" else 20
+
+
+def _once(call: Call) -> float:
+    """Seconds of a warm call on a GPU, waited for."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _gpu_timer(calls: Sequence[Call], graph: bool, long: bool) -> Callable[[], float]:
+    """Seconds per call, over one round of the inputs and, unless calls are long, at least 20 calls."""
+    batch = list(itertools.islice(itertools.cycle(calls), len(calls) if long else max(20, len(calls))))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> None:
@@ -108,7 +130,8 @@ def _gpu_timer(calls: Sequence[Call], graph: bool) -> Callable[[], float]:
         captured = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(captured):
-            run()
+            outputs = [call() for call in batch]  # freed at once, all would be one block, which stays in the cache
+        del outputs
         replay = captured.replay
         replay()
 

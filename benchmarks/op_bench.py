@@ -51,7 +51,8 @@ class OpBench:
         captured: whether a variant can run inside a CUDA graph.
         row: `X_us`, `speedup_X` and `X_extra_bytes` are those of implementation X, `extra_bytes` ours.
         more: what else a row of a case has.
-        dtypes: by name, the first two are the default.
+        dtypes: by name, the first two are the default; on a GPU the second comes first, being what models run in.
+        asked: cases that are measured only where their dtype is asked for.
     """
 
     doc: str | None
@@ -69,6 +70,7 @@ class OpBench:
     row: type = record.Row
     more: Callable[[Any], Mapping[str, Any]] = lambda case: {}
     dtypes: Mapping[str, torch.dtype] = field(default_factory=lambda: DTYPES)
+    asked: Callable[[Any], bool] = lambda case: False
 
     @property
     def usual(self) -> list[str]:
@@ -147,11 +149,12 @@ class OpBench:
 
     def jobs(self, args: argparse.Namespace) -> Iterator[command.Job]:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape or []] or self.shapes[args.device.type]
-        dtypes = [self.dtypes[name] for name in args.dtype or self.usual]
-        graphs = (True, False) if args.device.type == "cuda" else (False,)
-        for shape, dtype, variant, graph in itertools.product(shapes, dtypes, args.variant or self.variants, graphs):
-            if not graph or self.captured(variant):
-                case = self.case(variant, shape, dtype, args.device)
+        cuda = args.device.type == "cuda"
+        names = args.dtype or (self.usual[::-1] if cuda else self.usual)
+        graphs = (True, False) if cuda else (False,)
+        for name, shape, variant, graph in itertools.product(names, shapes, args.variant or self.variants, graphs):
+            case = self.case(variant, shape, self.dtypes[name], args.device)
+            if (not graph or self.captured(variant)) and (args.dtype or not self.asked(case)):
                 yield command.Job(self.columns(case, graph), partial(self._row, args, case, graph))
 
     def _row(self, args: argparse.Namespace, case: Any, graph: bool) -> Any:

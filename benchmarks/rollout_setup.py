@@ -99,7 +99,8 @@ class Setup:
             from mtedit_fast.editors.speed import compile_transformer
 
             torch._dynamo.reset()
-            compile_transformer(editor, case.compile)  # type: ignore[arg-type]
+            mode: Any = case.compile
+            compile_transformer(editor, mode, dynamic=False)  # a second batch size would get kernels of dynamic shapes
         if case.cuda_graphs:
             from mtedit_fast.editors.graphs import GraphedEditor
 

@@ -5,13 +5,13 @@ mtedit-fast bench rollout                       one suite; with options of the b
 python benchmarks/suites.py all --tests         needs torch only to start: on a GPU machine, see gpu_session.sh
 
 Every step is a process of its own, whose rows are appended as they come. Interrupted, a suite goes on where it stopped:
-steps that session.log has as done at this commit on this device are left out while their rows are there, and every
-bench leaves out the rows that its file holds.
+steps that session.log has as done at this commit on this device are left out while their rows are there, those that it
+has as failed come last, and every bench leaves out the rows that its file holds. A step whose first row would take
+longer than what is left of the time is passed over for the next.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import shlex
 import signal
@@ -20,157 +20,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import record
 import torch
 from command import as_device, default_device
+from steps import LEAST_SECONDS, STEPS, SUITES, Step, pytest_command
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("ops", "rollout", "judge", "consistency", "update", "iteration", "onestep", "export", "plan")
-MODELS = ("diffusers", "transformers", "pydantic")
-LEAST_SECONDS = 20  # a step is not begun with less
-
-
-@dataclass(frozen=True)
-class Step:
-    """A run of a bench.
-
-    needs: modules. gigabytes: of free memory, the device's: weights and what they compute with, by estimate.
-    tests: of `TESTS`, that must be green on the device before. seconds: at most.
-    """
-
-    suite: str
-    bench: str
-    options: str = ""
-    device: str = "cuda"
-    gigabytes: float = 4
-    seconds: int = 540
-    tests: str = ""
-    needs: tuple[str, ...] = MODELS
-
-    @property
-    def name(self) -> str:
-        return f"{self.bench} {self.options}".strip()
-
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why the step cannot run on `device`."""
-        if self.device != device.type:
-            found = "and torch sees none" if not torch.cuda.is_available() else f"and --device is {device.type}"
-            return f"needs a GPU, {found}" if self.device == "cuda" else f"runs on a CPU, and --device is {device.type}"
-        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"needs {', '.join(missing)}, not installed"
-        free = free_gigabytes(device)
-        return f"needs {self.gigabytes:g} GB of memory, {free:.1f} GB are free" if free < self.gigabytes else None
-
-
-def free_gigabytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9
-
-
-def _rollout(options: str, gigabytes: float, seconds: int = 480) -> Step:
-    return Step("rollout", "rollout", f"--editor {options}", "cuda", gigabytes, seconds, "rollout")
-
-
-def _iteration(options: str) -> Step:
-    return Step("iteration", "iteration", f"--full --repetitions 2 {options}", "cuda", 90, 570, "iteration")
-
-
-def _update(options: str, needs: tuple[str, ...] = MODELS) -> Step:
-    return Step("update", "update", f"--full {options}", "cuda", 60, 540, "update", needs)
-
-
-def _op(bench: str, options: str = "", seconds: int = 540, gigabytes: float = 10) -> Step:
-    return Step("ops", bench, options, "cuda", gigabytes, seconds, bench, ())
-
-
-STEPS = (
-    _rollout("kontext --turns 1", 40, 300),
-    _rollout("kontext --turns 1 --compile whole", 40),
-    _rollout("kontext --turns 1 --dtype fp8 --compile blocks", 40),
-    _rollout("klein-kv --turns 1 --size 1024 --group 8", 40, 360),
-    _iteration("--needed both"),
-    _rollout("klein-kv --turns 1 --group 8", 32, 180),
-    _rollout("klein --turns 1 --group 4", 16, 180),
-    _rollout("klein --turns 1 --group 4 --cuda-graphs", 16, 180),
-    _rollout("qwen --turns 1 --group 8", 64),
-    Step("onestep", "onestep", "", "cuda", 12, 240, "onestep"),
-    Step("onestep", "onestep", "--compile", "cuda", 12, 300, "onestep"),
-    Step("judge", "judge", "--full", "cuda", 32, 420, "judge"),
-    _update("--only nft"),
-    _update("--only compile"),
-    _update("--only compaction --only grpo"),
-    _update("--only fp8", (*MODELS, "torchao")),
-    _iteration("--needed both --compile blocks"),
-    _iteration("--needed neither"),
-    _iteration("--objective grpo --steps 4"),
-    Step("consistency", "consistency", "--full", "cuda", 8, 240, "consistency"),
-    _op("digit_score"),
-    _op("nft_loss", "--shape 32x4096x64", 240),
-    _op("sde_step", "--shape 32x4096x64", 240),
-    _op("attention_columns", seconds=300, gigabytes=24),
-    _op("token_similarity"),
-    _op("crop_resize", seconds=240),
-    Step("ops", "adapters", "", "cuda", 32, 240, "update"),
-    _op("nft_loss"),
-    _op("sde_step"),
-    _op("sde_step", "--dtype fp16 --shape 8x4096x64", 240),
-    _rollout("kontext --turns 3 --group 8", 40),
-    _rollout("kontext --turns 1 --group 4", 40, 180),
-    _rollout("kontext --turns 1 --group 8", 40, 240),
-    _rollout("kontext --turns 1 --size 1024 --group 4", 40),
-    _rollout("kontext --turns 1 --size 1024 --group 4 --compile blocks --dtype fp8", 40),
-    _rollout("klein-kv --turns 1 --size 1024 --group 8 --compile blocks --dtype fp8", 40, 300),
-    _rollout("qwen --turns 1 --size 1024 --group 4 --steps 4 --samples 2", 64),
-    _rollout("qwen --turns 1 --group 8 --compile blocks --dtype fp8", 64),
-    Step("export", "export", "--editor klein-4b", "cuda", 16, 540),
-    *(
-        Step("rollout", "rollout", f"--editor {name} --size 64 --group 8 --steps 4", "cpu", 1, 300, "rollout")
-        for name in ("kontext", "qwen", "klein", "klein-kv")
-    ),
-    Step("iteration", "iteration", "", "cpu", 2, 900, "iteration"),
-    Step("iteration", "iteration", "--objective grpo", "cpu", 2, 600, "iteration"),
-    Step("plan", "plan", "", "cpu", 2, 900, "plan"),
-    Step("onestep", "onestep", "", "cpu", 2, 600, "onestep"),
-    Step("update", "update", "", "cpu", 3, 600, "update"),
-    Step("judge", "judge", "", "cpu", 2, 300, "judge"),
-    Step("consistency", "consistency", "", "cpu", 2, 300, "consistency"),
-    *(
-        Step("ops", name, "", "cpu", 3, 900, name, ())
-        for name in ("sde_step", "nft_loss", "digit_score", "attention_columns", "token_similarity", "crop_resize")
-    ),
-    Step("ops", "adapters", "", "cpu", 2, 300, "update"),
-    Step("export", "export", "--tiny", "cpu", 1, 300),
-    Step("export", "export", "--tiny --editor klein-4b", "cpu", 1, 300),
-)
-
-TESTS = {
-    "nft_loss": "nft_loss nft_loss_errors nft_loss_registration crd_loss",
-    "sde_step": "sde_step sde_step_triton sde_step_registration sde_step_errors sde_step_schedule seeded_noise",
-    "attention_columns": "attention_columns attention_columns_registration",
-    "token_similarity": "token_similarity token_similarity_registration token_similarity_errors",
-    "digit_score": "digit_score digit_score_registration digit_score_errors digit_score_auto token_log_probs",
-    "crop_resize": "crop_resize crop_resize_errors csrc",
-    "rollout": "bench_rollout fp8 speed",
-    "update": "rollout adapters adapters_state update",
-    "iteration": "bench_iteration",
-    "consistency": "consistency",
-    "plan": "plan",
-    "judge": "judge_huggingface",
-    "onestep": "bench_onestep onestep_sampling onestep_writers",
-}
-"""Test files by what they are tests of."""
-NEEDED_BY_TESTS = {"sde_step_schedule": "diffusers", "csrc": "pybind11"}
-
-
-def test_files(name: str) -> list[str]:
-    able = [x for x in TESTS[name].split() if importlib.util.find_spec(NEEDED_BY_TESTS.get(x, "torch")) is not None]
-    return [f"tests/test_{x}.py" for x in able]
 
 
 class Session:
@@ -181,7 +38,7 @@ class Session:
 
     def __init__(self, results: Path, device: torch.device, *, seconds: float, fresh: bool, tests: bool):
         self.results, self.device, self.fresh, self.tests = results, device, fresh, tests
-        self.until, self.failed = time.monotonic() + seconds, list[str]()
+        self.until, self.failed, self.passed = time.monotonic() + seconds, list[str](), list[str]()
         self.here = {"commit": record.commit(), "device": record.device_name(device)}
         self.log = results / "session.log"
         results.mkdir(parents=True, exist_ok=True)
@@ -193,29 +50,47 @@ class Session:
         with self.log.open("a", encoding="utf-8") as log:
             log.write(text + "\n")
 
+    def line(self, name: str, how: str) -> str:
+        return f"== {name}: {how} at {self.here['commit']} on {self.here['device']}"
+
     def done(self, name: str) -> str:
-        return f"== {name}: done at {self.here['commit']} on {self.here['device']}"
+        return self.line(name, "done")
+
+    def failed_before(self, step: Step) -> bool:
+        """Or ran out of time or was left out, in an earlier session."""
+        start, end = self.line(step.name, "|").split("|")
+        lines = (line for line in self.known if line.startswith(start) and line.endswith(end))
+        return any(line != self.done(step.name) for line in lines)
 
     def bench(self, step: Step) -> None:
-        """Raises TimeoutError where no time is left."""
+        """Raises TimeoutError where no time is left for any."""
         out = self.results / f"{step.bench}.csv"
         if not self.fresh and self.done(step.name) in self.known and record.holds(record.read(out), self.here):
             print(f"{self.done(step.name)} before")
             return
+        if not self._fits(step):
+            return
         if self.tests and step.tests and not self._green(step.tests):
-            self.failed.append(step.name)
-            self.say(f"== {step.name}: left out, the tests of {step.tests} are not green")
+            self._fails(step.name, f"left out, the tests of {step.tests} are not green,")
+            return
+        if not self._fits(step):  # after its tests
             return
         command = [sys.executable, str(HERE / f"bench_{step.bench}.py"), *shlex.split(step.options)]
         command += ["--device", self.device.type, "--out", str(out), *["--fresh"] * self.fresh]
         self._run(step.name, command, step.seconds)
 
+    def _fits(self, step: Step) -> bool:
+        left = self.until - time.monotonic()
+        if left < step.first_row:
+            print(f"== {step.name}: passed over, {left:.0f} s are left and a row takes {step.first_row}", flush=True)
+            self.passed.append(step.name)
+        return left >= step.first_row
+
     def _green(self, tests: str) -> bool:
         name = f"tests of {tests}"
         if self.done(name) in self.known:
             return True
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *test_files(tests)]
-        if tests in self.red or not self._run(name, command, 240):
+        if tests in self.red or not self._run(name, pytest_command(tests), 240):
             self.red.add(tests)
             return False
         return True
@@ -230,11 +105,17 @@ class Session:
             self.say(self.done(name))
             self.known.add(self.done(name))
             return True
-        self.failed.append(name)
-        killed = "was killed, as a system does that runs out of memory"
-        why = "ran out of time" if code is None else killed if code == -signal.SIGKILL else f"failed ({code})"
-        self.say(f"== {name}: {why}")
+        if code is None and limit < seconds:  # not its fault: it goes on in its place
+            raise TimeoutError(f"no time left for the rest of {name}")
+        killed = "was killed, as a system does that runs out of memory,"
+        self._fails(
+            name, "ran out of time" if code is None else killed if code == -signal.SIGKILL else f"failed ({code})"
+        )
         return False
+
+    def _fails(self, name: str, how: str) -> None:
+        self.failed.append(name)
+        self.say(self.line(name, how))
 
 
 def streamed(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> int | None:
@@ -290,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     steps = [step for step in STEPS if args.suite in (step.suite, "all")]
     obstacles = {step: step.obstacle(args.device) for step in steps}
+    if args.suite == "all" and args.device.type == "cuda":
+        exports = [step for step in steps if (step.suite, step.device) == ("export", "cuda")]
+        obstacles |= {step: "takes a CPU's time, not the GPU's: bench export" for step in exports}
     ready = [step for step in steps if obstacles[step] is None]
     for step in ready:
         print(f"run   {step.name}")
@@ -299,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         return 0
     session = Session(args.results, args.device, seconds=args.time_limit, fresh=args.fresh, tests=args.tests)
-    for step in ready:
+    for step in sorted(ready, key=session.failed_before):
         try:
             session.bench(step)
         except (TimeoutError, KeyboardInterrupt) as error:
@@ -307,8 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     for name in session.failed:
         print(f"failed  {name}")
+    if session.passed:
+        session.say(f"== no time left for {', '.join(session.passed)}: run again, and it goes on")
     print(f"rows are in {args.results}; mtedit-fast bench report --results {args.results}")
-    return bool(session.failed)
+    return bool(session.failed or session.passed)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ class Setup:
         twin = copy.deepcopy(self.own.model, {id(value): value for value in shared})
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
         quantize_(twin, config, filter_fn=lambda _, name: name.endswith(".base_layer"))
-        twin.compile_repeated_blocks()  # eager, quantising the activations costs more than the product saves
+        # Eager, quantising the activations costs more than the product saves.
+        twin.compile_repeated_blocks(dynamic=False)
         return twin
 
     def set_old(self, *, current: bool) -> None:

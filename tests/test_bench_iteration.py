@@ -158,6 +158,16 @@ def test_fixed_boxes_are_the_first_cells_and_edits_keep_them_all():
     assert math.isnan(iteration_rewards.clamp(math.nan, 0.0))
 
 
+def test_references_that_repeat_are_embedded_once_in_a_row():
+    a, b, c = torch.rand(3, 3, 4, 4).unbind()
+    images, owner = iteration_rewards.without_repeats(torch.stack([a, a, b, b, b, c, a]))
+    assert torch.equal(images, torch.stack([a, b, c, a]))
+    assert owner == [0, 0, 1, 1, 1, 2, 3]
+    alone, owner = iteration_rewards.without_repeats(a[None])
+    assert torch.equal(alone, a[None])
+    assert owner == [0]
+
+
 def test_both_begin_with_the_same_adapters_again(small):
     sides = zip(bench_iteration.sides(small), (small.trainer, small.loop), strict=True)
     before = [parameter.detach().clone() for parameter in small.adapters.parameters]
@@ -226,9 +236,15 @@ def test_a_replay_that_drifts_and_an_iteration_without_a_row_are_refused(grpo, m
         trajectories.log_probs += 1e-6
         return trajectories, rewards
 
-    drifted.settings = sample.settings
+    drifted.settings, drifted.editor = sample.settings, sample.editor
     monkeypatch.setattr(grpo.trainer, "sample", drifted)
     with pytest.raises(RuntimeError, match=r"\|Δ log-prob\| of the replay is .*, expected 0: no row"):
+        iteration_checks.checked(grpo)
+    monkeypatch.undo()
+    assert iteration_checks.first_drift(grpo) == 0
+    monkeypatch.setattr(iteration_checks, "first_drift", lambda setup: 1e-6)
+    monkeypatch.setattr(grpo.trainer, "sample", None)  # refused before it samples
+    with pytest.raises(RuntimeError, match=r"is 1e-06, expected 0: no row$"):
         iteration_checks.checked(grpo)
     monkeypatch.undo()
     right = grpo.trainer.advantages

@@ -118,6 +118,6 @@ def test_defaults_by_device():
     ]
     (gpu,) = bench.cases(parser.parse_args(["--device", "cuda", "--files", "png", "--compile"]))
     assert (gpu.corruption, gpu.image_shape, gpu.images, gpu.batch, gpu.dtype) == (
-        "ffhq64", (3, 64, 64), 4096, 256, "bf16",
+        "ffhq64", (3, 64, 64), 1024, 256, "bf16",
     )  # fmt: skip
     assert gpu.compile

@@ -24,7 +24,7 @@ from peers import rollout_loop  # noqa: E402
 from peers.replay_loop import replay_loop  # noqa: E402
 from random_editors import RECIPES, random_editor  # noqa: E402
 
-from mtedit_fast.editors import KleinEditor  # noqa: E402
+from mtedit_fast.editors import KleinEditor, speed  # noqa: E402
 from mtedit_fast.ops import sde_coefficients, sde_step, seeded_noise  # noqa: E402
 from mtedit_fast.rollout import replay, rollout, turn_seeds  # noqa: E402
 from mtedit_fast.training.memory import peak_bytes  # noqa: E402
@@ -328,3 +328,11 @@ def test_replay_of_ours_is_what_the_peers_velocity_gives():
         replays = [replay(setup.editor, ours, slice(0, 3), 0, position).log_prob for position in range(2)]
     stored = torch.stack([log_prob for log_prob in replays if log_prob is not None], dim=1)
     torch.testing.assert_close(found, stored, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_shapes_are_compiled_one_by_one(mode, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "compile_transformer", lambda editor, mode, **options: seen.append((mode, options)))
+    rollout_setup.Setup(case("klein-4b", compile=mode))
+    assert seen == [(mode, {"dynamic": False})]

@@ -1,12 +1,10 @@
-"""Suites of benches, and what is made of their rows: a session that goes on, a page, tables in Markdown."""
+"""Suites of benches: a session that goes on where it stopped, within its time, and what it does not run and why."""
 
-import csv
 import importlib
 import shlex
 import sys
 import time
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,16 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import command  # noqa: E402
 import record  # noqa: E402
-import report  # noqa: E402
+import steps  # noqa: E402
 import suites  # noqa: E402
-import tables  # noqa: E402
 from random_editors import ALIASES, RECIPES  # noqa: E402
 
 from mtedit_fast import cli_bench  # noqa: E402
-from mtedit_fast.figures import LIGHT  # noqa: E402
+from mtedit_fast.ops import _cpp  # noqa: E402
 from mtedit_fast.training.public_models import FAMILIES  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-STEP = suites.Step("ops", "one", "--words 'a b'", "cpu", 0, 60, "", ())
+STEP = steps.Step("ops", "one", "--words 'a b'", "cpu", 0, 60, "", ())
 
 BENCH = """
 import csv, sys
@@ -90,16 +87,53 @@ def test_what_fails_or_hangs_is_named_and_the_others_go_on(session, monkeypatch)
     own.bench(STEP)
     assert time.monotonic() - start < 300
     assert own.failed == ["two --words 'a b'", "three", "four"]
-    log = own.log.read_text()
-    assert "== two --words 'a b': failed (3)" in log
-    assert "waits\n== three: ran out of time" in log
-    assert "== four: was killed, as a system does that runs out of memory" in log
+    log, where = own.log.read_text(), f"at {record.commit()} on {record.device_name(CPU)}"
+    assert f"== two --words 'a b': failed (3) {where}" in log
+    assert f"waits\n== three: ran out of time {where}" in log
+    assert f"== four: was killed, as a system does that runs out of memory, {where}" in log
     assert own.done(STEP.name) in log
 
 
-def test_no_step_is_begun_without_time(session):
-    with pytest.raises(TimeoutError, match="no time left for one --words"):
-        session(seconds=suites.LEAST_SECONDS - 1).bench(STEP)
+def test_a_step_that_does_not_fit_is_passed_over(session, monkeypatch, capsys):
+    own = session(seconds=100)
+    own.bench(replace(STEP, first_row=101, options="--long"))
+    own.bench(STEP)
+    assert own.passed == ["one --long"]
+    assert "== one --long: passed over, 100 s are left and a row takes 101" in capsys.readouterr().out
+    assert len(record.read(own.results / "one.csv")) == 1
+    assert not own.failed
+    late = session(seconds=steps.LEAST_SECONDS - 1)
+    late.bench(replace(STEP, options="--late"))
+    assert late.passed == ["one --late"]
+    monkeypatch.setattr(suites.Session, "_fits", lambda self, step: True)
+    with pytest.raises(TimeoutError, match="no time left for one --late"):
+        late.bench(replace(STEP, options="--late"))
+
+
+def test_a_step_that_the_session_ends_in_goes_on_in_its_place(session, monkeypatch):
+    monkeypatch.setattr(suites, "LEAST_SECONDS", 0)
+    own, hangs = session(seconds=2), replace(STEP, bench="three", options="", first_row=1)
+    with pytest.raises(TimeoutError, match="no time left for the rest of three"):
+        own.bench(hangs)
+    assert not own.failed
+    assert not session().failed_before(hangs)
+
+
+def test_what_failed_is_tried_again_at_last(session, tmp_path, monkeypatch, capsys):
+    failing = (replace(STEP, bench="two"), replace(STEP, options="--red", tests="red"))
+    order = (*failing, STEP, replace(STEP, options="--new"))
+    monkeypatch.setattr(suites, "STEPS", order)
+    monkeypatch.setattr(suites.Session, "_green", lambda self, tests: False)
+    arguments = ["ops", "--device", "cpu", "--results", str(tmp_path / "results"), "--tests"]
+    assert suites.main(arguments) == 1
+    again = session()
+    assert [again.failed_before(step) for step in order] == [True, True, False, False]
+    tried = []
+    monkeypatch.setattr(suites.Session, "bench", lambda self, step: tried.append(step))
+    suites.main(arguments)
+    assert tried == [*order[2:], *failing]
+    monkeypatch.setattr(record, "commit", lambda: "another")
+    assert not any(session().failed_before(step) for step in order)
 
 
 @pytest.mark.parametrize(("bench", "code", "shown"), [("one", 0, "rows are in"), ("two", 1, "failed  two")])
@@ -109,7 +143,7 @@ def test_the_command_runs_a_suite_and_says_what_failed(bench, code, shown, sessi
     assert suites.main(arguments) == code
     assert shown in capsys.readouterr().out
     assert suites.main([*arguments, "--time-limit", "1", "--fresh"]) == 1
-    assert f"no time left for {bench} --words 'a b': run again, and it goes on" in capsys.readouterr().out
+    assert f"== no time left for {bench} --words 'a b': run again, and it goes on" in capsys.readouterr().out
 
 
 def test_an_interrupted_suite_says_that_it_goes_on(session, tmp_path, monkeypatch, capsys):
@@ -125,17 +159,36 @@ def test_an_interrupted_suite_says_that_it_goes_on(session, tmp_path, monkeypatc
 def test_a_step_whose_tests_are_red_is_left_out(session, tmp_path, monkeypatch):
     tests = tmp_path / "tests"
     tests.mkdir()
-    (tests / "test_good.py").write_text("def test():\n    pass\n")
-    (tests / "test_bad.py").write_text("def test():\n    assert False\n")
-    monkeypatch.setattr(suites, "TESTS", {"good": "good", "bad": "good bad"})
+    (tests / "test_good.py").write_text("def test():\n    pass\ndef test_compiles_for_others():\n    assert False\n")
+    (tests / "test_bad.py").write_text("def test_one():\n    assert False\ndef test_two():\n    assert False\n")
+    monkeypatch.setattr(steps, "TESTS", {"good": "good", "bad": "good bad"})
     own = session(tests=True)
     for name in ("good", "bad", "bad", "good"):
         own.bench(replace(STEP, tests=name, options=f"--{name}"))
     log = own.log.read_text()
     assert own.failed == ["tests of bad", "one --bad", "one --bad"]
     assert log.count("== tests of good, ") == log.count("== tests of bad, ") == 1
-    assert "== one --bad: left out, the tests of bad are not green" in log
+    assert "== one --bad: left out, the tests of bad are not green, at " in log
+    assert "FAILED tests/test_bad.py::test_one" in log
+    assert "FAILED tests/test_bad.py::test_two" in log
     assert len(record.read(own.results / "one.csv")) == 1
+
+
+def test_a_suites_tests_are_files_or_tests_of_one_in_parallel_where_there_are_cores(monkeypatch):
+    monkeypatch.setattr(steps, "TESTS", {"judge": "judge_errors on_gpu::test_judges_are_the_cpus"})
+    files = ["tests/test_judge_errors.py", "tests/test_on_gpu.py::test_judges_are_the_cpus"]
+    assert steps.tests_of("judge") == files
+    monkeypatch.setattr(steps.os, "cpu_count", lambda: 7)
+    alone = steps.pytest_command("judge")
+    assert alone[-2:] == files
+    assert "-x" not in alone
+    assert "not compiles_for and not compiled_for and not fuses_multiply_adds" in alone
+    monkeypatch.setattr(steps.os, "cpu_count", lambda: 8)
+    found = {"xdist": True}
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: found.get(name, True) or None)
+    assert steps.pytest_command("judge") == ["env", "OMP_NUM_THREADS=2", *alone, "-n", "8"]
+    found["xdist"] = False
+    assert steps.pytest_command("judge") == alone
 
 
 def test_what_cannot_run_says_why(monkeypatch):
@@ -149,7 +202,19 @@ def test_what_cannot_run_says_why(monkeypatch):
     assert replace(step, needs=(), gigabytes=7).obstacle(CUDA) is None
     assert replace(step, device="cpu").obstacle(CUDA) == "runs on a CPU, and --device is cuda"
     assert STEP.obstacle(CPU) is None
-    assert suites.free_gigabytes(CPU) > 0.01
+    assert steps.free_gigabytes(CPU) > 0.01
+    kernels = replace(step, needs=(steps.CUDA_KERNELS,), gigabytes=7)
+    for reason in ("built without CUDA", None):
+        monkeypatch.setattr(_cpp, "cuda_unavailable_reason", lambda reason=reason: reason)
+        assert kernels.obstacle(CUDA) == (reason and f"needs the CUDA kernels: {reason}")
+
+
+def test_exports_are_left_out_of_all_that_a_gpu_does(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    assert suites.main(["all", "--list", "--device", "cuda"]) == 0
+    assert "skip  export --editor klein-4b: takes a CPU's time, not the GPU's: bench export" in capsys.readouterr().out
+    assert suites.main(["export", "--list", "--device", "cuda"]) == 0
+    assert "run   export --editor klein-4b" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -159,7 +224,7 @@ def test_the_list_has_every_step_with_its_reason(capsys):
     assert len(shown) == len(suites.STEPS)
     assert "skip  judge --full: needs a GPU, and torch sees none" in shown
     assert suites.main(["judge", "--list", "--device", "cpu"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == sum(step.suite == "judge" for step in suites.STEPS)
 
 
 def test_steps_name_what_there_is():
@@ -169,15 +234,25 @@ def test_steps_name_what_there_is():
     own = {action.option_strings[0] for action in suites.parser()._actions if action.option_strings}
     assert {"--help" if name == "-h" else name for name in own} == cli_bench.SUITE_OPTIONS | {"--help"}
     assert {step.bench for step in suites.STEPS} == {p.stem[6:] for p in BENCHMARKS.glob("bench_*.py")}
-    assert all(step.tests in suites.TESTS for step in suites.STEPS if step.tests)
-    assert all((BENCHMARKS.parent / path).is_file() for name in suites.TESTS for path in suites.test_files(name))
+    assert all(step.tests in steps.TESTS for step in suites.STEPS if step.tests)
+    for file, _, test in (each.partition("::") for name in steps.TESTS for each in steps.tests_of(name)):
+        assert f"def {test}" in (BENCHMARKS.parent / file).read_text()
+    assert all(steps.LEAST_SECONDS <= step.first_row < step.seconds for step in suites.STEPS)
     assert len(suites.STEPS) == len({(step.name, step.device) for step in suites.STEPS})
 
 
+def test_an_iteration_begins_the_second_session():
+    """It comes after what fills the first, and before all else."""
+    order = [step for step in suites.STEPS if step.device == "cuda"]
+    before = order[: next(i for i, step in enumerate(order) if step.bench == "iteration")]
+    assert [step.bench for step in before] == ["rollout", "sde_step", "nft_loss", "digit_score", "judge"]
+    assert sum(step.first_row for step in before) + 400 > 570 > sum(step.first_row for step in before)
+
+
 def test_full_rollouts_ask_for_more_memory_than_their_weights():
-    steps = [step for step in suites.STEPS if step.bench == "rollout" and step.device == "cuda"]
-    asked = {name: [s.gigabytes for s in steps if s.options.split()[1] == name] for name in ("kontext", *ALIASES)}
-    assert sum(map(len, asked.values())) == len(steps)
+    rollouts = [step for step in suites.STEPS if step.bench == "rollout" and step.device == "cuda"]
+    asked = {name: [s.gigabytes for s in rollouts if s.options.split()[1] == name] for name in ("kontext", *ALIASES)}
+    assert sum(map(len, asked.values())) == len(rollouts)
     for name, gigabytes in asked.items():
         recipe = RECIPES[ALIASES.get(name, name)]
         with torch.device("meta"):
@@ -191,161 +266,3 @@ def test_every_step_has_options_that_its_bench_knows():
         options = module.BENCH.options if hasattr(module, "BENCH") else module.options
         parser = command.parser(None, step.bench, options)
         assert parser.parse_args([*shlex.split(step.options), "--device", step.device]).device.type == step.device
-
-
-def row(**changes: object) -> dict[str, str]:
-    """Ours takes 10 µs, eager code 20, a compiled one 5."""
-    columns = {
-        "date": "2026-01-01T00:00Z", "commit": "aaaa1111", "device": "NVIDIA H200", "threads": 2, "python": "3.11",
-        "torch": "2.13", "triton": "", "op": "sde_step", "variant": "sample", "shape": "8x4", "dtype": "fp32",
-        "backend": "triton", "timing": "graph", "median_us": 10.0, "p20_us": 9.5, "p80_us": 10.5, "bytes": 1000,
-        "flops": 500, "gb_per_s": 0.1, "gflop_per_s": 0.05, "copy_gb_per_s": 0.2, "percent_of_copy": 50.0,
-        "eager_us": 20.0, "compile_us": 5.0, "speedup_eager": 2.0, "speedup_compile": 0.5, "error": 0.1,
-    }  # fmt: skip
-    return {name: str(value) for name, value in (columns | changes).items()}
-
-
-def write(path: Path, *rows: dict[str, str]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def test_rows_that_do_not_repeat_are_flagged():
-    one, two = row(), row(date="2026-01-02", median_us=12.0, p20_us=11.5, p80_us=12.0)
-    assert report.repeats([two, one]) == [(one, two)]
-    assert report.repeats([one, two | {"p80_us": "14"}]) == []  # within the spread of the second
-    assert report.repeats([one, two | {"commit": "bbbb"}]) == []
-    assert report.repeats([one, two | {"p20_us": ""}]) == []
-    assert report.twice([two, one, two | {"commit": "bbbb"}]) == [(one, two)]
-    assert report.ratios_apart([one, two]) == [pytest.approx(0.2)]  # 5 / 10 against 5 / 12
-    assert report.ratios_apart([one, two | {"eager_us": "", "compile_us": ""}]) == []
-    assert report.spread(one) == 1.0
-    assert report.median({"median_s": "2.5"}) == report.median({"measured_s": "2.5"}) == 2.5e6
-    assert report.median({"error": "1"}) is None
-    assert report.spread({"p20_s": "2.25", "p80_s": "2.5"}) == 0.25e6
-    assert report.speedups(one) == {"eager": 2.0, "torch.compile": 0.5}
-    assert report.over_fastest_peer(one) == "0.50×"
-    assert report.over_fastest_peer({"median_us": "1"}) == ""
-
-
-def test_commits_and_devices_are_compared_row_by_row():
-    rows = [
-        row(),
-        row(commit="bbbb2222", median_us=5.0, date="2026-01-02"),
-        row(commit="bbbb2222", device="NVIDIA A100", median_us=30.0, date="2026-01-03"),
-        row(commit="bbbb2222", variant="seed"),
-    ]
-    assert report.compared(rows, "aaaa", "bbbb") == [(rows[0], rows[1])]
-    pairs = report.compared(rows, "a100", "H200")
-    assert [(one["device"], two["median_us"]) for one, two in pairs] == [("NVIDIA A100", "5.0")]
-    with pytest.raises(ValueError, match=r"^--compare: expected commits or devices out of NVIDIA A100, .*; got 'cccc'"):
-        report.compared(rows, "aaaa", "cccc")
-
-
-def test_files_of_other_versions_are_read_and_marked(tmp_path):
-    older = {name: value for name, value in row(extra=1).items() if name != "error"}
-    write(tmp_path / "sde_step.csv", row())
-    write(tmp_path / "sde_step.1.csv", older)
-    rows = record.read_all(tmp_path)
-    assert report.other_versions(rows) == {"sde_step.1.csv": "lacks error; has besides extra"}
-    assert report.other_versions(rows, lambda file: None) == {}
-    assert report.columns_now("no_such_bench.csv") is None
-    written = report.write_report(tmp_path, tmp_path / "page.html").read_text()
-    assert "sde_step.1.csv" in written
-    assert "lacks error; has besides extra" in written
-
-
-def test_the_page_has_bars_rooflines_flags_and_a_comparison(tmp_path, capsys):
-    again = row(date="2026-01-02T00:00Z", median_us=20.0)
-    rollout = row(op="rollout", loop_us=30.0, percent_of_matmul=40.0, matmul_tflop_per_s=700.0, copy_gb_per_s="")
-    write(tmp_path / "sde_step.csv", row(), again, row(commit="bbbb2222", median_us=5.0))
-    write(tmp_path / "rollout.csv", rollout)
-    out = tmp_path / "new" / "page.html"
-    report.main(["--results", str(tmp_path), "--out", str(out), "--compare", "aaaa", "bbbb"])
-    assert str(out) in capsys.readouterr().out
-    text = out.read_text()
-    for expected in (
-        "Rows that do not repeat", "aaaa against bbbb", "4.00×", "faster", "Roofline of single ops · NVIDIA H200",
-        "Model FLOP utilisation · NVIDIA H200", "sde_step · NVIDIA H200", "<td>0.50×</td><td>0.25×</td>",
-        "Measured twice on one commit: 1. Further apart than the spread of either: 1.",
-        "1 such rows are 100.0 % apart in the median, and 1 more",
-    ):  # fmt: skip
-        assert expected in text
-    with pytest.raises(SystemExit):
-        report.main(["--results", str(tmp_path / "new")])
-    assert "--results: no rows in " in capsys.readouterr().err
-
-
-def test_figures_show_what_the_rows_say():
-    axis = report.bars(LIGHT, [row(), row(compile_us="")]).axes[0]
-    assert [text.get_text().strip() for text in axis.texts] == ["2.00×", "2.00×", "0.50×"]
-    axis = report.roofline(LIGHT, [row(), row(op="nft_loss")], {"fp32": 3.0}).axes[0]
-    assert [list(points.get_offsets()[0]) for points in axis.collections] == [[0.5, 0.05]] * 2
-    (low, high) = axis.lines[0].get_xydata()
-    assert low[1] / low[0] == high[1] / high[0] == 0.2
-    assert list(axis.lines[1].get_ydata()) == [3.0, 3.0]
-    seconds = {
-        f"{side}{phase}_s": i for i, (side, phase) in enumerate(product(("", "predicted_"), ("rollout", "update")))
-    }
-    axis = report.predictions(LIGHT, [row(**seconds, measured_s=4.0, predicted_s=5.0)]).axes[0]
-    assert [list(points.get_offsets()[0]) for points in axis.collections] == [[0, 2], [1, 3], [4, 5]]
-    assert [line.get_ydata()[1] / line.get_xdata()[1] for line in axis.lines] == [1, 0.85, 1.15]
-    products = report.matrix_products([row(matmul_tflop_per_s=0.7), row(matmul_gflop_per_s=900), row()])
-    assert products == {"fp32": 900.0}
-
-
-TEXT = "# Speed\n\n<!-- bench sde_step -->\nold\n<!-- /bench -->\n\n<!-- bench onestep -->\n<!-- /bench -->\nend\n"
-
-
-def test_tables_are_filled_in_and_checked(tmp_path, capsys):
-    faster = row(date="2026-01-05T00:00Z", commit="bbbb2222", median_us=2500.0, compile_us="", speedup_compile="")
-    write(
-        tmp_path / "sde_step.csv", row(), row(threads=1, date="2025-01-01", variant="alone"), faster, row(dtype="bf16")
-    )
-    page = tmp_path / "page.md"
-    page.write_text(TEXT)
-    options = ["--results", str(tmp_path)]
-    assert tables.main([*options, "--check", str(page)]) == 1
-    assert "mtedit-fast bench tables --write" in capsys.readouterr().out
-    assert tables.main([*options, "--write", str(page)]) == 0
-    assert tables.main([*options, "--check", str(page)]) == 0
-    assert page.read_text() == (
-        "# Speed\n\n<!-- bench sde_step -->\n"
-        "| variant | dtype | ours | of copy bandwidth | over eager | over `torch.compile` |\n"
-        "|---|---|---|---|---|---|\n"
-        "| sample | bf16 | 0.01 ms | 50 % | 2.00× | 0.50× |\n"
-        "| sample | fp32 | 2.5 ms | 50 % | 2.00× |  |\n"
-        "\n8x4; triton; NVIDIA H200, 2 threads, torch 2.13, 2026-01-01 to 2026-01-05, `aaaa1111`, `bbbb2222`; "
-        "`mtedit-fast bench sde_step`\n<!-- /bench -->\n\n"
-        "<!-- bench onestep -->\nNot measured yet: `mtedit-fast bench onestep`.\n<!-- /bench -->\nend\n"
-    )
-    write(tmp_path / "onestep.csv", row(op="onestep", images_per_s=12345.6, device="CPU, one | two", shape="a|b"))
-    assert tables.main([*options, "--check", str(page)]) == 1
-    tables.main(options)
-    shown = capsys.readouterr().out
-    assert "| sample | 1.235e+04 |" in shown
-    assert "## rollout\n\nNot measured yet: `mtedit-fast bench rollout`." in shown
-
-
-@pytest.mark.parametrize("text", ["no table\n", "<!-- bench nothing -->\n<!-- /bench -->\n"])
-def test_unknown_tables_are_named(text, tmp_path, capsys):
-    (tmp_path / "page.md").write_text(text)
-    with pytest.raises(SystemExit):
-        tables.main(["--write", str(tmp_path / "page.md")])
-    assert "expected <!-- bench NAME --> … <!-- /bench --> with one of rollout, " in capsys.readouterr().err
-    assert (tmp_path / "page.md").read_text() == text
-
-
-def test_tables_name_columns_that_benches_write():
-    for name, table in tables.TABLES.items():
-        columns = report.columns_now(f"{name}.csv")
-        assert columns is not None
-        missing = [column for column, _ in table.figures.values() if column not in columns]
-        assert not missing, name
-        assert set(table.labels) <= set(columns)
-
-
-def test_the_docs_have_the_tables_of_the_results():
-    assert tables.main(["--check", str(BENCHMARKS.parent / "docs" / "performance.md")]) == 0

@@ -4,9 +4,11 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -81,3 +83,27 @@ def test_the_command_measures_each_row_once(tmp_path: Path, capsys: pytest.Captu
     assert all(row["liger_us"] == row["cut_us"] == row["fused_us"] == row["crossover"] == "" for row in rows)
     bench.main([*options.split(), "--out", str(out)])
     assert "holds all 2 rows of this commit already" in capsys.readouterr().out
+
+
+class Made(TorchDispatchMode):
+    """Tensors made of Python numbers: on a GPU each would be copied there, and waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", bench.VARIANTS)
+def test_the_eager_form_copies_nothing_to_the_device(variant: str) -> None:
+    one = case(variant)
+    x, run = one.inputs(torch.Generator().manual_seed(1)), bench.eager(one)
+    with Made() as made:
+        run(x)
+    assert made.count == 0
+    with made:
+        x.weight[bench.IDS]
+    assert made.count == 1

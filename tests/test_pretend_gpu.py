@@ -8,7 +8,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a real CUDA in it")
 
 PRETENCE = """
 import pytest, torch

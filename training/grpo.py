@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtedit_fast.editors import Editor
+from mtedit_fast.editors.speed import repeatable_attention
 from mtedit_fast.ops import SDEStepOutput
 from mtedit_fast.rollout import replay
 from mtedit_fast.training.adapters import Adapters
@@ -105,7 +107,8 @@ class GRPO:
         return losses.sum()
 
     def _replay(self, batch: UpdateBatch, chunk: Chunk, *, return_mean: bool = True) -> SDEStepOutput:
-        return replay(self.editor, batch.trajectories, chunk.rows, chunk.turn, chunk.index, return_mean=return_mean)
+        with repeatable_attention() if self.forward_rows is None else nullcontext():
+            return replay(self.editor, batch.trajectories, chunk.rows, chunk.turn, chunk.index, return_mean=return_mean)
 
 
 def _log_prob(out: SDEStepOutput) -> Tensor:

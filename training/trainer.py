@@ -126,8 +126,6 @@ class Trainer:
             self.fp8 = Float8Switch(self.editor)
         if config.model.compile != "none":
             compile_transformer(self.editor, config.model.compile)
-        if config.exact_replay:  # with gradient cuDNN's attention is planned anew, and may round otherwise
-            torch.backends.cuda.enable_cudnn_sdp(False)
         if config.run.sharding == "fsdp2":
             shard(self.model, self.device)
         # Evaluation mode: autocast only, without DistributedDataParallel (see training.distributed).

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import BitImageProcessor
+from transformers import BitImageProcessorPil
 
 from mtedit_fast.edival.consistency import IMAGENET_MEAN, IMAGENET_STD
 
@@ -22,7 +22,7 @@ class ConsistencyLoop:
     def __init__(self, model: Any):
         self.model, self.size = model, model.config.image_size
         self.registers = getattr(model.config, "num_register_tokens", 0)
-        self.processor = BitImageProcessor(
+        self.processor = BitImageProcessorPil(
             size={"height": self.size, "width": self.size},
             do_center_crop=False,
             resample=Image.Resampling.BICUBIC,

@@ -2,7 +2,8 @@
 
 Tensors on "cuda" hold CPU tensors, captured graphs are recorded calls, ops take their references or, after --kernels,
 Triton's interpreter, which is slow. Numbers are a CPU's and times mean nothing. What it shows is what a first run on a
-GPU would: tensors on two devices, waits where none are allowed, captures that a graph cannot hold.
+GPU would: tensors on two devices, waits where none are allowed, captures that a graph cannot hold. It takes a build of
+torch without CUDA, whose own hooks would be in the way.
 """
 
 import ctypes

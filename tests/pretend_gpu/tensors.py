@@ -30,6 +30,13 @@ COPIES = {aten._to_copy, aten.copy_, aten.copy}
 TAKES_SCALARS = INDEXED | {aten.fill_, aten.fill, aten.masked_fill_, aten.masked_fill}  # as pointwise operators do
 
 
+MIXED = {  # a CPU has no products of one dtype into another
+    aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    aten.addmm.dtype: lambda c, a, b, dtype: c.to(dtype) + a.to(dtype) @ b.to(dtype),
+}
+
+
 class State(threading.local):
     """Of a thread: what to do where it waits for the GPU, and the graph that it is capturing."""
 
@@ -162,7 +169,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if packet in WAITS or (packet is aten.repeat_interleave and kwargs.get("output_size") is None):
         wait(str(func))
     raw_args, raw_kwargs = bare((args, kwargs))
-    raw = func(*raw_args, **raw_kwargs)
+    raw = MIXED.get(func, func)(*raw_args, **raw_kwargs)
     if state.capture is not None:
         state.capture.append((func, raw_args, raw_kwargs, raw))
     lands = (
@@ -228,7 +235,7 @@ class Graph:
 
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
+            again = MIXED.get(func, func)(*args, **kwargs)
             for old, new in _results(func, args, kwargs, out, again):
                 old.copy_(new)
 
