@@ -202,7 +202,7 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "trajectories": _trajectories(config, measured, gpus),
     }
     if config.rollout.cuda_graphs and config.run.sharding == "none" and not measured.text_sees_image:
-        held["a captured forward"] = measured.sample  # what it computes with stays its own
+        held["a captured forward"] = measured.sample + measured.references  # what it computes with and reads is its own
     if measured.references:
         held["keys and values of references"] = measured.references
     if config.rollout.precision == "fp8":
