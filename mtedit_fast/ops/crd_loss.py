@@ -213,7 +213,7 @@ _op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types=("cpu", "cuda"),
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 

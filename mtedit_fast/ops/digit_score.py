@@ -296,14 +296,14 @@ _op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types=("cpu", "cuda"),
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 _backward_op = torch.library.custom_op(
     "mtedit_fast::digit_score_backward",
     _backward,
     mutates_args=(),
     device_types=("cpu", "cuda"),
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
