@@ -66,13 +66,9 @@ def test_it_refuses_what_a_gpu_refuses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files",
-    [
-        ("test_on_gpu.py",),
-        ("test_speed.py", "test_rollout.py", "test_rewards.py", "test_onestep_sampling.py", "test_trainer.py"),
-    ],
-    ids=["families", "other"],
+    ("files", "chosen"),
+    [("on_gpu", ""), ("speed rewards onestep_sampling trainer", "(graph or stream or ratio) and not compiled")],
 )
-def test_what_runs_on_a_gpu(files):
-    chosen = ["-k", "(graph or never_waits or stream or ratio) and not compiled"] if len(files) > 1 else []
-    pretended("pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *(HERE / name for name in files), *chosen)
+def test_what_runs_on_a_gpu(files, chosen):
+    paths = [HERE / f"test_{name}.py" for name in files.split()]
+    pretended("pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", chosen, *paths)

@@ -58,3 +58,8 @@ def test_opcheck(backend: str, mode: str) -> None:
         backend,
     )
     torch.library.opcheck(torch.ops.mtedit_fast.sde_step.default, args)
+
+
+@pytest.mark.parametrize("name", ["sde_step", "nft_loss", "crd_loss", "digit_score", "digit_score_backward"])
+def test_ops_that_keep_memory_stay_out_of_torchs_own_graphs(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.mtedit_fast, name).default.tags

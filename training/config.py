@@ -268,6 +268,12 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
+    def captures_steps(self, text_sees_image: bool) -> bool:
+        """Whether rollouts on CUDA replay captured steps. Sharded weights come and go, texts that see the image differ
+        in length and would each be captured, and an engine captures for itself."""
+        rollout = self.rollout
+        return rollout.cuda_graphs and rollout.engine is None and self.run.sharding == "none" and not text_sees_image
+
     @property
     def exact_replay(self) -> bool:
         """Whether the update repeats the rollout's forwards in their own shape."""

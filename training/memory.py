@@ -201,7 +201,7 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "LoRA and optimizer": copies * 4 * measured.adapter,
         "trajectories": _trajectories(config, measured, gpus),
     }
-    if config.rollout.cuda_graphs and config.run.sharding == "none" and not measured.text_sees_image:
+    if config.captures_steps(measured.text_sees_image):
         held["a captured forward"] = measured.sample + measured.references  # what it computes with and reads is its own
     if measured.references:
         held["keys and values of references"] = measured.references

@@ -42,9 +42,7 @@ class Sampler:
         fp8: Float8Switch | None = None,
     ):
         self.adapters, self.config, self.timer, self.fp8 = adapters, config, timer, fp8
-        # Sharded weights come and go; texts that see the image differ in length, and every length would be captured.
-        graphs = config.rollout.cuda_graphs and config.run.sharding == "none" and not editor.text_sees_image
-        self.editor: Editor = GraphedEditor(editor) if graphs else editor
+        self.editor: Editor = GraphedEditor(editor) if config.captures_steps(editor.text_sees_image) else editor
         self.engine: EnginePipeline | None = None
         if config.rollout.engine is not None:
             from mtedit_fast.export.pipeline import EnginePipeline
@@ -82,13 +80,14 @@ class Sampler:
                     on_finished=lambda rows, part: stream.submit(self._reward_batch(records, references, rows, part)),
                 )
             trajectories.raise_if_not_finite()
-            if self.engine is not None:
-                trajectories = trajectories.to(self.adapters.parameters[0].device)  # an engine may be of the CPU
             with self.timer("reward"):  # what is left of it
                 rewards = stream.result()
                 if self.config.advantage.credit == "dense_ode":
                     whole = self._reward_batch(records, references, slice(0, len(trajectories)), trajectories.images)
                     rewards = step_rewards(self.editor, trajectories, whole, self.config.rewards)
+        if self.engine is not None:  # which may be of the CPU
+            device = self.adapters.parameters[0].device
+            trajectories, rewards = trajectories.to(device), {name: value.to(device) for name, value in rewards.items()}
         trajectories.group = trajectories.group + first_group
         return trajectories, rewards
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
+from mtedit_fast.ops._backend import KEEPS_MEMORY
 from mtedit_fast.ops._samples import row_sum
 
 
@@ -207,13 +208,8 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, r, groups, centre, weight, beta, scale, adaptive, kl_weight, kl_floor)
 
 
-# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
 _op = torch.library.custom_op(
-    "mtedit_fast::crd_loss",
-    _forward,
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "mtedit_fast::crd_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtedit_fast.ops import _head_checks as checks
 from mtedit_fast.ops import _linear_softmax as head
-from mtedit_fast.ops._backend import choose_backend, unavailable_reason
+from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend, unavailable_reason
 from mtedit_fast.ops._crossover import vocab_backend
 
 SCORE, VARIANCE, ENTROPY, MEDIAN, MASS, TARGET = range(6)
@@ -290,20 +290,11 @@ def _set_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
 _op = torch.library.custom_op(
-    "mtedit_fast::digit_score",
-    _forward,
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "mtedit_fast::digit_score", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
 )
 _backward_op = torch.library.custom_op(
-    "mtedit_fast::digit_score_backward",
-    _backward,
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "mtedit_fast::digit_score_backward", _backward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
 )
 
 

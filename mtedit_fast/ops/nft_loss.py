@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
+from mtedit_fast.ops._backend import KEEPS_MEMORY
 from mtedit_fast.ops._samples import row_sum
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
@@ -184,13 +185,8 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, t, r, weight, beta, scale, kl_weight)
 
 
-# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
 _op = torch.library.custom_op(
-    "mtedit_fast::nft_loss",
-    _forward,
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "mtedit_fast::nft_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import seeded_noise as noise_op
-from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
 from mtedit_fast.ops._samples import raise_if_not_finite, row_sum
 from mtedit_fast.ops._step_checks import check_step
 from mtedit_fast.ops.coefficients import SDECoefficients
@@ -235,13 +235,8 @@ def _forward(
     )
 
 
-# What is made once per device outlives a call, which the graphs of mode="reduce-overhead" do not allow.
 _op = torch.library.custom_op(
-    "mtedit_fast::sde_step",
-    _forward,
-    mutates_args=(),
-    device_types=("cpu", "cuda"),
-    tags=(torch.Tag.cudagraph_unsafe,),
+    "mtedit_fast::sde_step", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
 )
 
 

@@ -18,20 +18,21 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def hooks() -> Path:
-    """hooks.cpp, compiled against the installed torch."""
+def load_hooks() -> None:
+    """hooks.cpp, compiled against the installed torch; before torch's, so that its getAccelerator is the one found."""
     torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])  # type: ignore[union-attr,index]
-    library = Path(tempfile.mkdtemp()) / "hooks.so"
     options = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
     links = ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    subprocess.run([os.environ.get("CXX", "g++"), *options, HERE / "hooks.cpp", *links, "-o", library], check=True)
-    return library
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/hooks.so"
+        subprocess.run([os.environ.get("CXX", "g++"), *options, HERE / "hooks.cpp", *links, "-o", library], check=True)
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"
-    ctypes.CDLL(str(hooks()), ctypes.RTLD_GLOBAL)  # before torch's, so that its getAccelerator is the one found
+    load_hooks()
     sys.path[0] = str(HERE.parent)
     from pretend_gpu.device import pretend
 

@@ -26,10 +26,8 @@ WAITS = {  # results whose size or value the host has to know
     aten.bincount,
 }
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-COPIES = {aten._to_copy, aten.copy_, aten.copy}
+COPIES = {aten._to_copy, aten.copy_}
 TAKES_SCALARS = INDEXED | {aten.fill_, aten.fill, aten.masked_fill_, aten.masked_fill}  # as pointwise operators do
-
-
 MIXED = {  # a CPU has no products of one dtype into another
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     aten.bmm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
@@ -47,8 +45,8 @@ class State(threading.local):
 state = State()
 captures: list[Graph] = []
 """Going on, in whatever thread: until they end nothing may wait for the whole device."""
-pinned: set[int] = set()
-waits: list[str] = []
+pinned: dict[int, Any] = {}
+"""Storages by address; held, so that no other memory gets theirs."""
 
 
 class OnGPU(Tensor):
@@ -137,7 +135,6 @@ def wait(what: str) -> None:
         raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
     if state.on_wait == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
-    waits.append(what)
 
 
 class Pretend(TorchDispatchMode):
@@ -152,10 +149,10 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     touches = any(isinstance(tensor, OnGPU) for tensor in tensors)
     if func is aten.is_pinned.default:
-        return id(args[0].untyped_storage()._cdata) in pinned
+        return args[0].untyped_storage().data_ptr() in pinned
     if func is aten._pin_memory.default or kwargs.get("pin_memory"):
         out = args[0].clone() if func is aten._pin_memory.default else func(*args, **kwargs | {"pin_memory": False})
-        pinned.add(id(out.untyped_storage()._cdata))
+        pinned[out.untyped_storage().data_ptr()] = out.untyped_storage()
         return out
     if not touches and (device is None or torch.device(device).type != "cuda"):
         return func(*args, **kwargs)
@@ -185,7 +182,7 @@ def _ours(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator of ours is the function registered for GPUs, run on what pretends."""
     from torch._library.custom_ops import OPDEFS
 
-    definition = OPDEFS[func._qualname if hasattr(func, "_qualname") else func.name().split(".")[0]]
+    definition = OPDEFS[func.name()]
     with Pretend():
         return definition._backend_fns.get("cuda", definition._backend_fns.get(None))(*args, **kwargs)
 
@@ -201,7 +198,7 @@ def _check_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     if there == goes:
         return
     host = source if not there else args[0]
-    is_pinned = id(host.untyped_storage()._cdata) in pinned if type(host) is Tensor else False
+    is_pinned = type(host) is Tensor and host.untyped_storage().data_ptr() in pinned
     if not free:
         wait(f"{func} from {'GPU' if there else 'pageable memory'}")
     elif state.capture is not None and not is_pinned:

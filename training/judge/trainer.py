@@ -1,8 +1,8 @@
 """The training loop of judges: read `JudgeTrainer.fit` and `JudgeTrainer.step` first.
 
 Everything random is a function of (seed, step), and all else that changes is in the checkpoint, so that a run that is
-killed and resumed ends with the weights of an uninterrupted one: bit for bit where kernels repeat
-themselves, as a CPU's do.
+killed and resumed ends with the weights of an uninterrupted one: bit for bit where kernels repeat themselves, as
+a CPU's do.
 """
 
 from __future__ import annotations
