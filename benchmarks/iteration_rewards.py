@@ -96,7 +96,7 @@ def random_consistency(batch: RewardBatch) -> Tensor:
 
 
 def without_repeats(images: Tensor) -> tuple[Tensor, list[int]]:
-    """Those that differ from the one before, and which of them each is; `unique` takes a second to sort a few."""
+    """Those that differ from the one before, and which of them each is: what `unique` finds, without a sort."""
     new = (images[1:] != images[:-1]).flatten(1).any(1)
     owner = [0, *new.cumsum(0).tolist()]
     return images[[i for i in range(len(images)) if i == 0 or owner[i] > owner[i - 1]]], owner
