@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mtedit_fast.kernels.linear_logsumexp import finite
-from mtedit_fast.kernels.seeded_noise import INTERPRETED, NUM_WARPS, on_device
+from mtedit_fast.kernels.seeded_noise import INTERPRETED, on_device
 
 STAGES = 3
+NUM_WARPS = 8
 BLOCK_C = 16  # columns at a time: the least that a product takes
 # Rows that a program keeps and rows that it goes along; by kernel ("few" looks at columns only) and whether rows are
 # of half precision.

@@ -6,24 +6,29 @@ from torch import Tensor
 
 from mtedit_fast.kernels.nft_loss import floored, row_weight
 from mtedit_fast.kernels.row_sums import (
-    FINAL,
+    COLUMNS,
+    PARTS,
+    ROWS,
     add_up,
     counters,
     last_to_arrive,
     load_tile,
+    pick,
     store_moments,
     store_sum,
     tree_sum,
 )
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device
 
+_COLUMNS = tl.constexpr(COLUMNS)
+
 
 @triton.jit
 def _centre(groups_ptr, rows, inside, residual_ptr, batch):
     """Mean residual over each row's group, added in the order of the batch, so that the rest of it does not matter."""
     group = tl.load(groups_ptr + rows, mask=inside, other=0)
-    total = tl.zeros((FINAL,), tl.float32)
-    count = tl.zeros((FINAL,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    count = tl.zeros((ROWS,), tl.float32)
     for other in range(0, batch):
         same = group == tl.load(groups_ptr + other)
         total += tl.where(same, tl.load(residual_ptr + other, cache_modifier=".cg"), 0.0)
@@ -45,7 +50,7 @@ def _forward_kernel(
     rows_ptr,  # [3, B]: policy, implicit reward, kl
     coefficients_ptr,  # [3, B]
     residual_ptr,  # [B]
-    partial_ptr,  # [5, B, tiles]
+    partial_ptr,  # [COLUMNS, B, tiles, PARTS]
     arrived_ptr,  # [B + 1], zero before and after
     beta,
     scale,
@@ -62,30 +67,36 @@ def _forward_kernel(
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     index = row * numel + offsets
+    # Nothing is loaded after a store, which it would wait for.
     theta = load_tile(v_theta_ptr, index, mask)
     target = load_tile(v_target_ptr, index, mask)
-    store_moments(partial_ptr, row, tile, tiles, 0, theta - target, BLOCK)
     if v_old_ptr is not None:
-        store_moments(partial_ptr, row, tile, tiles, 2, load_tile(v_old_ptr, index, mask) - target, BLOCK)
+        difference_old = load_tile(v_old_ptr, index, mask) - target
     if v_ref_ptr is not None:
         change = theta - load_tile(v_ref_ptr, index, mask)
+    store_moments(partial_ptr, row, tile, tiles, 0, theta - target, BLOCK)
+    if v_old_ptr is not None:
+        store_moments(partial_ptr, row, tile, tiles, 2, difference_old, BLOCK)
+    if v_ref_ptr is not None:
         store_sum(partial_ptr, row, tile, tiles, 4, change * change, BLOCK)
 
     if last_to_arrive(arrived_ptr + row, tiles):
         count = tl.cast(numel, tl.float32)
+        STORED: tl.constexpr = 3 + (0 if v_old_ptr is None else 12) + (0 if v_ref_ptr is None else 16)
+        sums = add_up(partial_ptr, row, tiles, _COLUMNS, STORED)
         width = 1.0
         if ADAPTIVE:
-            width = floored(tl.div_rn(add_up(partial_ptr, row, tiles, 0), count))
+            width = floored(tl.div_rn(pick(sums, 0), count))
         implicit_reward = 0.0
         if v_old_ptr is not None:
             width_old = 1.0
             if ADAPTIVE:
-                width_old = floored(tl.div_rn(add_up(partial_ptr, row, tiles, 2), count))
-            error_old = tl.div_rn(tl.div_rn(add_up(partial_ptr, row, tiles, 3), count), width_old)
-            implicit_reward = error_old - tl.div_rn(tl.div_rn(add_up(partial_ptr, row, tiles, 1), count), width)
+                width_old = floored(tl.div_rn(pick(sums, 2), count))
+            error_old = tl.div_rn(tl.div_rn(pick(sums, 3), count), width_old)
+            implicit_reward = error_old - tl.div_rn(tl.div_rn(pick(sums, 1), count), width)
         kl = 0.0
         if v_ref_ptr is not None:
-            kl = tl.div_rn(add_up(partial_ptr, row, tiles, 4), count)
+            kl = tl.div_rn(pick(sums, 4), count)
 
         r = tl.load(r_ptr + row)
         factor = tl.div_rn(2.0 * row_weight(weight_ptr, row, True, batch), count)
@@ -98,9 +109,9 @@ def _forward_kernel(
         tl.store(coefficients_ptr + 2 * batch + row, factor * (kl_floor + r * (kl_weight - kl_floor)))
 
         if last_to_arrive(arrived_ptr + batch, batch):
-            losses = tl.zeros((FINAL,), tl.float32)
-            for start in range(0, batch, FINAL):
-                rows = start + tl.arange(0, FINAL)
+            losses = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, batch, ROWS):
+                rows = start + tl.arange(0, ROWS)
                 inside = rows < batch
                 residual = tl.load(residual_ptr + rows, mask=inside, other=0.0, cache_modifier=".cg")
                 if centre_ptr is None:
@@ -115,7 +126,7 @@ def _forward_kernel(
                 rewards = tl.load(r_ptr + rows, mask=inside, other=0.0)
                 terms = policy + (kl_floor + rewards * (kl_weight - kl_floor)) * kls
                 losses += tl.where(inside, row_weight(weight_ptr, rows, inside, batch) * terms, 0.0)
-            tl.store(loss_ptr, tree_sum(losses, 5))
+            tl.store(loss_ptr, tl.sum(tree_sum(losses[None, :], 5), axis=0))
 
 
 def crd_loss_forward(
@@ -155,7 +166,7 @@ def crd_loss_forward(
             rows,
             coefficients,
             r.new_empty(batch),
-            r.new_empty(5 * batch * tiles),
+            r.new_empty(COLUMNS * batch * tiles * PARTS),
             counters(batch + 1, r.device),  # one per row and one for the batch
             beta,
             scale,

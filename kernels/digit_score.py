@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.linear_logsumexp import MERGE, NEGLIGIBLE, merge, partial_sums, slabs, tree_sum
-from mtedit_fast.kernels.seeded_noise import NUM_WARPS, on_device
+from mtedit_fast.kernels.linear_logsumexp import MERGE, NEGLIGIBLE, NUM_WARPS, merge, partial_sums, slabs
+from mtedit_fast.kernels.row_sums import tree_sum
+from mtedit_fast.kernels.seeded_noise import on_device
 
 TILE = 8192  # weights in registers
 

@@ -8,25 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.seeded_noise import INTERPRETED, NUM_WARPS, on_device
+from mtedit_fast.kernels.row_sums import tree_sum
+from mtedit_fast.kernels.seeded_noise import INTERPRETED, on_device
 
 PARTIAL_BYTES = 64 << 20
 # Fixed, whatever the number of rows: the order in which a row's products are added must not depend on it.
 TILES = {"half": {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64}, "fp32": {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32}}
 STAGES = 3
+NUM_WARPS = 8
 GROUP = 32  # row tiles that share a tile of the weight while both are in the L2 cache
 FINAL = 512  # partial sums at a time when they are merged
 NEGLIGIBLE = tl.constexpr(-1e3)  # exp is 0: stands in for −∞ where that would meet a 0
 _UPCASTS = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot is wrong for bf16
-
-
-@triton.jit
-def tree_sum(values, LEVELS: tl.constexpr):
-    """Sums over the last of two dimensions, 2**LEVELS wide, in an order that does not depend on the layout, which
-    changes with the alignment of the inputs."""
-    for _ in tl.static_range(LEVELS):
-        values = tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)), axis=2)
-    return tl.reshape(values, (values.shape[0],))
 
 
 @triton.jit

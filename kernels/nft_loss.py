@@ -6,17 +6,21 @@ import triton.language as tl
 from torch import Tensor
 
 from mtedit_fast.kernels.row_sums import (
-    FINAL,
+    COLUMNS,
+    PARTS,
+    ROWS,
     add_up,
     counters,
     last_to_arrive,
     load_tile,
+    pick,
     store_moments,
     store_sum,
     tree_sum,
 )
 from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to
 
+_COLUMNS = tl.constexpr(COLUMNS)
 SMALLEST_SIZE = tl.constexpr(1e-5)
 
 
@@ -41,7 +45,7 @@ def _forward_kernel(
     loss_ptr,  # []
     rows_ptr,  # [2, B]: policy, kl
     coefficients_ptr,  # [3, B]
-    partial_ptr,  # [5, B, tiles]
+    partial_ptr,  # [COLUMNS, B, tiles, PARTS]
     arrived_ptr,  # [B + 1], zero before and after
     beta,
     scale,
@@ -56,32 +60,37 @@ def _forward_kernel(
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     index = row * numel + offsets
+    # Nothing is loaded after a store, which it would wait for.
     theta = load_tile(v_theta_ptr, index, mask)
     target = load_tile(v_target_ptr, index, mask)
+    if v_old_ptr is not None:
+        old = load_tile(v_old_ptr, index, mask)
+    if v_ref_ptr is not None:
+        change = theta - load_tile(v_ref_ptr, index, mask)
     if v_old_ptr is None:
         store_moments(partial_ptr, row, tile, tiles, 0, theta - target, BLOCK)
     else:
-        old = load_tile(v_old_ptr, index, mask)
         offset = old - target
         step = beta * (theta - old)
         store_moments(partial_ptr, row, tile, tiles, 0, offset + step, BLOCK)
         store_moments(partial_ptr, row, tile, tiles, 2, offset - step, BLOCK)
     if v_ref_ptr is not None:
-        change = theta - load_tile(v_ref_ptr, index, mask)
         store_sum(partial_ptr, row, tile, tiles, 4, change * change, BLOCK)
 
     if last_to_arrive(arrived_ptr + row, tiles):
         count = tl.cast(numel, tl.float32)
-        plus = tl.div_rn(add_up(partial_ptr, row, tiles, 0), count)
-        square_plus = tl.div_rn(add_up(partial_ptr, row, tiles, 1), count)
+        STORED: tl.constexpr = 3 + (0 if v_old_ptr is None else 12) + (0 if v_ref_ptr is None else 16)
+        sums = add_up(partial_ptr, row, tiles, _COLUMNS, STORED)
+        plus = tl.div_rn(pick(sums, 0), count)
+        square_plus = tl.div_rn(pick(sums, 1), count)
         minus = plus
         square_minus = square_plus
         if v_old_ptr is not None:
-            minus = tl.div_rn(add_up(partial_ptr, row, tiles, 2), count)
-            square_minus = tl.div_rn(add_up(partial_ptr, row, tiles, 3), count)
+            minus = tl.div_rn(pick(sums, 2), count)
+            square_minus = tl.div_rn(pick(sums, 3), count)
         kl = 0.0
         if v_ref_ptr is not None:
-            kl = tl.div_rn(add_up(partial_ptr, row, tiles, 4), count)
+            kl = tl.div_rn(pick(sums, 4), count)
 
         t = tl.load(t_ptr + row)
         r = tl.load(r_ptr + row)
@@ -97,14 +106,14 @@ def _forward_kernel(
         tl.store(coefficients_ptr + 2 * batch + row, factor * kl_weight)
 
         if last_to_arrive(arrived_ptr + batch, batch):
-            losses = tl.zeros((FINAL,), tl.float32)
-            for start in range(0, batch, FINAL):
-                rows = start + tl.arange(0, FINAL)
+            losses = tl.zeros((ROWS,), tl.float32)
+            for start in range(0, batch, ROWS):
+                rows = start + tl.arange(0, ROWS)
                 inside = rows < batch
                 policies = tl.load(rows_ptr + rows, mask=inside, other=0.0, cache_modifier=".cg")
                 kls = tl.load(rows_ptr + batch + rows, mask=inside, other=0.0, cache_modifier=".cg")
                 losses += row_weight(weight_ptr, rows, inside, batch) * (policies + kl_weight * kls)
-            tl.store(loss_ptr, tree_sum(losses, 5))
+            tl.store(loss_ptr, tl.sum(tree_sum(losses[None, :], 5), axis=0))
 
 
 @triton.jit
@@ -181,7 +190,7 @@ def nft_loss_forward(
             loss,
             rows,
             coefficients,
-            r.new_empty(5 * batch * tiles),
+            r.new_empty(COLUMNS * batch * tiles * PARTS),
             counters(batch + 1, r.device),  # one per row and one for the batch
             beta,
             scale,

@@ -5,16 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FINAL = tl.constexpr(32)  # partial sums, or rows, at a time when they are added up
+PARTS = 4  # sums that a tile leaves
+_PARTS = tl.constexpr(PARTS)
+FINAL = tl.constexpr(256)  # of them at a time when they are added up
+COLUMNS = 8  # of sums, for those who need more than one
+ROWS = tl.constexpr(32)  # rows at a time when their losses are added up
 
 
 @triton.jit
 def tree_sum(values, LEVELS: tl.constexpr):
-    """Pairwise, one bit of the index at a time, so that the order of additions does not depend on the layout, which
-    changes with the alignment of the inputs. 2**LEVELS values."""
+    """Sums over the last of two dimensions, 2**LEVELS wide: pairwise, one bit of the index at a time, so that the order of
+    additions does not depend on the layout, which changes with the alignment of the inputs."""
     for _ in tl.static_range(LEVELS):
-        values = tl.sum(tl.reshape(values, (values.shape[0] // 2, 2)), axis=1)
-    return tl.sum(values, axis=0)
+        values = tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(values, (values.shape[0],))
 
 
 @triton.jit
@@ -24,10 +28,17 @@ def load_tile(pointer, index, mask):
 
 @triton.jit
 def store_sum(partial_ptr, row, tile, tiles, column: tl.constexpr, values, BLOCK: tl.constexpr):
-    """The tile's sum, into a column of the partial sums; values past the end are 0."""
+    """The tile's sums, into a column of the partial sums; values past the end are 0.
+
+    The four quarters of the tile are in the same thread's registers, the 256 elements of a sum in one warp's where
+    eight at a time are loaded: no barrier then. What is left is added up by the last program of the row.
+    """
     tl.static_assert(BLOCK == 4096)
-    base = partial_ptr + column * tl.num_programs(0).to(tl.int64)
-    tl.store(base + row * tiles + tile, tree_sum(values, 12))
+    for _ in tl.static_range(2):
+        values = tl.sum(tl.reshape(values, (2, values.shape[0] // 2)), axis=0)
+    values = tree_sum(tl.reshape(values, (_PARTS, BLOCK // 4 // _PARTS)), 8)
+    base = partial_ptr + _PARTS * (column * tl.num_programs(0).to(tl.int64) + row * tiles + tile)
+    tl.store(base + tl.arange(0, _PARTS), values)
 
 
 @triton.jit
@@ -38,14 +49,22 @@ def store_moments(partial_ptr, row, tile, tiles, column: tl.constexpr, values, B
 
 
 @triton.jit
-def add_up(partial_ptr, row, tiles, column: tl.constexpr):
-    """The row's sum of a column of partial sums, in the order of the tiles."""
-    base = partial_ptr + column * tl.num_programs(0).to(tl.int64) + row * tiles
-    sums = tl.zeros((FINAL,), tl.float32)
-    for start in range(0, tiles, FINAL):
-        tile = start + tl.arange(0, FINAL)
-        sums += tl.load(base + tile, mask=tile < tiles, other=0.0, cache_modifier=".cg")
-    return tree_sum(sums, 5)
+def add_up(partial_ptr, row, tiles, COLUMNS: tl.constexpr, STORED: tl.constexpr):
+    """The row's sums, [COLUMNS], in the order of the tiles, loaded side by side; of columns whose bit STORED has."""
+    column = tl.arange(0, COLUMNS)[:, None]
+    stored = ((STORED >> column) & 1) != 0
+    base = partial_ptr + _PARTS * (column * tl.num_programs(0).to(tl.int64) + row * tiles)
+    sums = tl.zeros((COLUMNS, FINAL), tl.float32)
+    for start in range(0, tiles, FINAL // _PARTS):
+        part = start * _PARTS + tl.arange(0, FINAL)[None, :]
+        sums += tl.load(base + part, mask=stored & (part < _PARTS * tiles), other=0.0, cache_modifier=".cg")
+    return tree_sum(sums, 8)
+
+
+@triton.jit
+def pick(values, column: tl.constexpr):
+    """One of the columns' sums, a scalar."""
+    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == column, values, 0.0), axis=0)
 
 
 @triton.jit

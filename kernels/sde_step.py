@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.row_sums import counters, last_to_arrive, load_tile, store_sum, tree_sum
-from mtedit_fast.kernels.seeded_noise import BLOCK, NUM_WARPS, on_device, round_to, standard_normals
+from mtedit_fast.kernels.row_sums import PARTS, add_up, counters, last_to_arrive, load_tile, pick, store_sum
+from mtedit_fast.kernels.seeded_noise import BLOCK, DRAWING_WARPS, NUM_WARPS, on_device, round_to, standard_normals
 
 HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
 
@@ -51,7 +51,7 @@ def _forward_kernel(
     out_ptr,  # [B, numel]
     mean_ptr,  # [B, numel]
     log_prob_ptr,  # [B]
-    partial_ptr,  # [B, tiles]
+    partial_ptr,  # [B, tiles, PARTS]
     arrived_ptr,  # [B], zero before and after
     host_step,
     num_steps,
@@ -71,8 +71,6 @@ def _forward_kernel(
     x = load_tile(sample_ptr, index, mask)
     v = load_tile(velocity_ptr, index, mask)
     mean = a * x + b * v
-    if mean_ptr is not None:
-        tl.store(mean_ptr + index, mean, mask=mask)
     if replayed_ptr is not None:
         value = load_tile(replayed_ptr, index, mask)
     else:
@@ -84,19 +82,18 @@ def _forward_kernel(
         tl.store(out_ptr + index, stored, mask=mask)
         if ROUND_BEFORE:
             value = stored.to(tl.float32)
+    if mean_ptr is not None:  # after everything is loaded: a load would wait for it
+        tl.store(mean_ptr + index, mean, mask=mask)
 
     if MODE != 0:
         difference = value - mean
-        store_sum(partial_ptr, sample, tile, tiles, 0, tl.where(mask, difference * difference, 0.0), BLOCK)
+        if seed_ptr is not None:  # all that is loaded is 0 past the end
+            difference = tl.where(mask, difference, 0.0)
+        store_sum(partial_ptr, sample, tile, tiles, 0, difference * difference, BLOCK)
         # The last block of a sample to arrive adds up the partial sums, in the order of the tiles.
         if last_to_arrive(arrived_ptr + sample, tiles):
-            sums = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, tiles, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                sums += tl.load(
-                    partial_ptr + sample * tiles + column, mask=column < tiles, other=0.0, cache_modifier=".cg"
-                )
-            squared = tl.div_rn(tree_sum(sums, 12), tl.cast(numel, tl.float32))
+            sums = add_up(partial_ptr, sample, tiles, 1, 1)
+            squared = tl.div_rn(pick(sums, 0), tl.cast(numel, tl.float32))
             log_prob = -squared
             if MODE == 1:
                 width = tl.where(c == 0.0, 1.0, c)
@@ -207,7 +204,7 @@ def sde_step_forward(
             out,
             mean,
             log_prob,
-            torch.empty(batch * tiles, dtype=torch.float32, device=device) if log_prob_mode else None,
+            torch.empty(batch * tiles * PARTS, dtype=torch.float32, device=device) if log_prob_mode else None,
             counters(batch, device) if log_prob_mode else None,
             host_step,
             table.shape[0],
@@ -217,7 +214,7 @@ def sde_step_forward(
             MODE=log_prob_mode,
             ROUND_BEFORE=round_before,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if seed is None else DRAWING_WARPS,
             enable_fp_fusion=False,
         )
     return result, log_prob, mean
@@ -273,7 +270,7 @@ def sde_step_backward(
             MODE=log_prob_mode,
             ROUNDED=_TRITON_DTYPES[out_dtype] if round_before else tl.float32,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if seed is None else DRAWING_WARPS,
             enable_fp_fusion=False,
         )
     return grad_sample, grad_velocity

@@ -8,16 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-NUM_WARPS = 8
+NUM_WARPS = 4  # 32 elements to a thread, among which what a program does once is shared
+DRAWING_WARPS = 8  # of kernels that draw: 16 elements, and registers for twice the warps
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when this module was imported: the kernels then run on CPU tensors."""
-_TRUNCATES_BF16 = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def round_to(values, dtype: tl.constexpr):
     """fp32 to dtype, to nearest even; the interpreter's own conversion to bf16 truncates."""
-    if _TRUNCATES_BF16 and dtype == tl.bfloat16:
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         values = tl.where(values == values, nearest, values)
@@ -25,10 +26,39 @@ def round_to(values, dtype: tl.constexpr):
 
 
 @triton.jit
+def _sqrt(x):
+    if _INTERPRETED:
+        return tl.sqrt_rn(x)
+    else:
+        inverse = tl.minimum(tl.rsqrt(x), 1e18)
+        root = x * inverse
+        return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
+
+
+@triton.jit
+def _philox(key_lo, key_hi, x, y):
+    z = tl.zeros_like(x)
+    w = tl.zeros_like(x)
+    a = tl.full((1,), 0xD2511F53, tl.uint64)
+    b = tl.full((1,), 0xCD9E8D57, tl.uint64)
+    for i in tl.static_range(10):
+        p0 = x.to(tl.uint64) * a
+        p1 = z.to(tl.uint64) * b
+        x = (p1 >> 32).to(tl.uint32) ^ y ^ key_lo
+        y = p1.to(tl.uint32)
+        z = (p0 >> 32).to(tl.uint32) ^ w ^ key_hi
+        w = p0.to(tl.uint32)
+        key_lo = key_lo + tl.full((1,), 0x9E3779B9, tl.uint32)
+        key_hi = key_hi + tl.full((1,), 0xBB67AE85, tl.uint32)
+    return x, y, z, w
+
+
+@triton.jit
 def _box_muller(radius_bits, angle_bits):
     # `tl.sin`, `tl.cos` and `tl.log` would reduce their arguments in fp64 or round differently from one device to the
-    # next. Every operation here is IEEE fp32 as long as the launch turns fused multiply-adds off.
-    u = radius_bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    # next. Every operation here is IEEE fp32 as long as the launch turns fused multiply-adds off; those that are
+    # written out multiply exactly, so that fused or not they give the same bits.
+    u = tl.fma(radius_bits.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     e = (bits >> 23).to(tl.float32)
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
@@ -40,25 +70,23 @@ def _box_muller(radius_bits, angle_bits):
     log = log * f + 0.20001468062400818
     log = log * f + -0.25000298023223877
     log = log * f + 0.333333283662796
-    log = e * 0.693359375 + (e * -0.00021219444170128554 + log * f * square - 0.5 * square + f)
-    radius = tl.sqrt_rn(-2.0 * log)
+    log = tl.fma(square, -0.5, e * -0.00021219444170128554 + log * f * square) + f
+    radius = _sqrt(-2.0 * tl.fma(e, 0.693359375, log))
 
     rotated = angle_bits + tl.full((1,), 0x20000000, tl.uint32)
-    quarter = (rotated >> 30).to(tl.int32)
-    theta = ((rotated & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 1.4629180792671596e-09
+    theta = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198167899e-10
     square = theta * theta
     sin = square * -0.0001958794891834259 + 0.008332748897373676
     sin = sin * square + -0.166666641831398
     sin = sin * square * theta + theta
     cos = square * 2.454758941894397e-05 + -0.0013888300163671374
     cos = cos * square + 0.0416666641831398
-    cos = cos * square * square - 0.5 * square + 1.0
-    odd = (quarter & 1) == 1
-    x = tl.where(odd, sin, cos)
-    y = tl.where(odd, cos, sin)
-    x = tl.where((quarter == 1) | (quarter == 2), -x, x)
-    y = tl.where(quarter >= 2, -y, y)
-    return radius * x, radius * y
+    cos = tl.fma(square, -0.5, cos * square * square) + 1.0
+    # The two upper bits of `rotated` say which quarter turn: sine for cosine in the odd ones, and the signs.
+    odd = (rotated & 0x40000000) != 0
+    x = (radius * tl.where(odd, sin, cos)).to(tl.uint32, bitcast=True) ^ ((rotated + 0x40000000) & 0x80000000)
+    y = (radius * tl.where(odd, cos, sin)).to(tl.uint32, bitcast=True) ^ (rotated & 0x80000000)
+    return x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -66,7 +94,7 @@ def standard_normals(seed, counter_step, tile, BLOCK: tl.constexpr):
     """Elements tile·BLOCK … of a sample's noise, [BLOCK] fp32; seed and counter_step are scalars."""
     quad = (tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(quad)
-    w0, w1, w2, w3 = tl.philox(seed, quad, zero + counter_step.to(tl.uint32), zero, zero)
+    w0, w1, w2, w3 = _philox(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), quad, zero + counter_step.to(tl.uint32))
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (BLOCK,))
@@ -93,6 +121,6 @@ def seeded_noise(seed: Tensor, numel: int, step: int, dtype: torch.dtype) -> Ten
     if out.numel():
         with on_device(seed):
             _kernel[(seed.shape[0] * tiles,)](
-                seed, out, step, numel, tiles, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False
+                seed, out, step, numel, tiles, BLOCK=BLOCK, num_warps=DRAWING_WARPS, enable_fp_fusion=False
             )
     return out

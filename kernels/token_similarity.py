@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtedit_fast.kernels.seeded_noise import NUM_WARPS, on_device, round_to
+from mtedit_fast.kernels.seeded_noise import on_device, round_to
 
 TOKENS = 32  # of one partial sum
 TILE = 4096  # elements in registers
+NUM_WARPS = 8
 
 
 @triton.jit

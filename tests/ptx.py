@@ -69,7 +69,7 @@ def report(
     }
     code = compiled.asm["ptx"]
     found |= {"shared": compiled.metadata.shared, "fp64": code.count(".f64"), "wide": wide_share(code)}
-    found["fused"] = len(re.findall(r"\bfma\.[a-z.]*f32", code))
+    found["fused"] = sum(2 if packed else 1 for packed in re.findall(r"\bfma\.[a-z.]*f32(x2)?", code))
     found["mma"] = [word for word in ("mma.sync", "wgmma", "tcgen05.mma") if word in code]
     return found
 

@@ -5,7 +5,7 @@ from typing import Any
 from ptx import EVERY, report, show
 
 from mtedit_fast.kernels import digit_score, linear_logsumexp, token_log_probs
-from mtedit_fast.kernels.seeded_noise import NUM_WARPS
+from mtedit_fast.kernels.linear_logsumexp import NUM_WARPS
 
 FP32 = ("values_ptr", "picked_ptr", "partial_ptr", "log_prob_ptr", "lse_ptr", "entropy_ptr", "statistics_ptr")
 INTEGERS = ("count", "total", "tokens", "vocab_size", "width", "weight_stride", "tiles")

@@ -43,4 +43,6 @@ for _, _, signature, _ in CASES:
 if __name__ == "__main__":
     for name, kernel, signature, archs in CASES:
         for arch in archs:
-            show(name, arch, report(kernel, signature, arch))
+            drawn = signature["BLOCK"] // 32 // seeded_noise.DRAWING_WARPS if signature["seed_ptr"] else 0
+            warps = seeded_noise.DRAWING_WARPS if drawn else seeded_noise.NUM_WARPS
+            show(name, arch, report(kernel, signature, arch, num_warps=warps) | {"drawn": drawn})
