@@ -18,11 +18,12 @@ BLOCK_C = 16  # columns at a time: the least that a product takes
 TILES = {
     ("lse", True): (128, 64),
     ("lse", False): (32, 32),
-    ("grad", True): (64, 64),
-    ("grad", False): (32, 32),
+    ("grad", True): (64, 32),
+    ("grad", False): (32, 16),
     ("few", True): (32, 0),
     ("few", False): (16, 0),
 }
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Not specialised: a kernel for every one that is 1 would be compiled for nothing.
 SIZES = ("heads", "groups", "queries", "keys", "count")
 _UPCASTS = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot is wrong for bf16
@@ -54,10 +55,16 @@ def columns_at(columns_ptr, mask_ptr, item, first, count, length, BLOCK_C: tl.co
 
 
 @triton.jit
+def probabilities(products, lse, scale):
+    """exp(products·scale − lse), lse of a shape that broadcasts; by powers of two, which take one instruction each."""
+    return tl.exp2(tl.fma(products, scale * LOG2_E, -LOG2_E * lse))
+
+
+@triton.jit
 def column_probabilities(q, k, lse, counted, scale):
     """[queries, BLOCK_C]"""
-    log_p = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None]
-    p = tl.exp(tl.where(log_p > 0.0, 0.0, log_p))  # above 0 by rounding only
+    p = probabilities(tl.dot(q, tl.trans(k), input_precision="ieee"), lse[:, None], scale)
+    p = tl.where(p > 1.0, 1.0, p)  # by rounding only
     return tl.where(counted[None, :] & (lse != float("-inf"))[:, None], p, 0.0)
 
 
@@ -97,14 +104,14 @@ def _lse_kernel(
         if mask_ptr is not None:
             counted = tl.load(mask_ptr + item * keys + column, mask=counted, other=0) != 0
         k = load_rows(key_ptr, column, counted, key_stride, D, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)  # of base two
         logits = tl.where(counted[None, :], logits, float("-inf"))
         top = tl.maximum(peak, tl.max(logits, axis=1))
         shift = finite(top)
-        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
         peak = top
     none = peak == float("-inf")
-    lse = peak + tl.log(tl.where(none & (total == 0.0), 1.0, total))
+    lse = peak * LN_2 + tl.log(tl.where(none & (total == 0.0), 1.0, total))
     tl.store(lse_ptr + pair * queries + row, lse, mask=row < queries)
 
 
@@ -170,6 +177,12 @@ def blocks(kernel: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     return sizes
 
 
+def flags(mask: Tensor | None) -> Tensor | None:
+    """As wide as fp32: the compiler lays out a product's operands by the narrowest type they depend on, and where that
+    is a byte, halves as sm_80 cannot load them."""
+    return None if mask is None else mask.to(torch.int32, memory_format=torch.contiguous_format)
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, num_stages: int = STAGES, **blocks: int) -> None:
     if programs:
         kernel[(programs,)](*arguments, **blocks, num_warps=NUM_WARPS, num_stages=num_stages, enable_fp_fusion=False)
@@ -184,7 +197,7 @@ def attention_columns_forward(
     groups = 1 if mean else heads
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     found = torch.empty(batch, groups, queries, count, dtype=torch.float32, device=query.device)
-    mask = mask if mask is None else mask.contiguous()
+    mask = flags(mask)
     strides = (*query.stride()[:3], *key.stride()[:3])
     tile, few = blocks("lse", query.dtype, width), blocks("few", query.dtype, width)
     with on_device(query):

@@ -12,8 +12,10 @@ from mtedit_fast.kernels.attention_columns import (
     blocks,
     column_probabilities,
     columns_at,
+    flags,
     launch,
     load_rows,
+    probabilities,
 )
 from mtedit_fast.kernels.linear_logsumexp import finite
 from mtedit_fast.kernels.seeded_noise import on_device, round_to
@@ -141,8 +143,8 @@ def _grad_query_kernel(
         column = start + tl.arange(0, BLOCK_N)
         other = tl.load(others_ptr + item * keys + column, mask=column < keys, other=0) != 0
         k = load_rows(key_ptr, column, other, key_stride, D, BLOCK_D)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where(other[None, :], tl.exp(logits - lse[:, None]), 0.0)
+        p = probabilities(tl.dot(q, tl.trans(k), input_precision="ieee"), lse[:, None], scale)
+        p = tl.where(other[None, :], p, 0.0)
         mean_key = _product(p, k, mean_key, False)
     delta = tl.load(delta_ptr + pair * queries + row, mask=row < queries, other=0.0)
     total = mean_key * -delta[:, None]
@@ -198,8 +200,8 @@ def _grad_key_kernel(
         q = load_rows(query_ptr, row, row < queries, query_stride, D, BLOCK_D)
         lse = finite(tl.load(lse_ptr + pair * queries + row, mask=row < queries, other=0.0))
         delta = tl.load(delta_ptr + pair * queries + row, mask=row < queries, other=0.0)
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-        slope = tl.where(other[:, None], tl.exp(logits - lse[None, :]) * -delta[None, :], 0.0)
+        p = probabilities(tl.dot(k, tl.trans(q), input_precision="ieee"), lse[None, :], scale)
+        slope = tl.where(other[:, None], p * -delta[None, :], 0.0)
         total = _product(slope, q, total, False)
     # Few tiles hold a column: they go over the queries once more, in fp32.
     for first in range(0, count, BLOCK_C):
@@ -236,12 +238,12 @@ def attention_columns_backward(
     """Gradients to query and key in their dtype, given that of the probabilities, contiguous; None where not needed."""
     batch, heads, queries, width = query.shape
     keys, count, device = key.shape[2], columns.shape[1], query.device
-    mask = mask if mask is None else mask.contiguous()
     times = (columns[:, :, None] == columns[:, None]).sum(2, dtype=torch.float32)
     # A place past the last key takes the columns that are none.
     others = torch.ones(batch, keys + 1, dtype=torch.bool, device=device)
     others.scatter_(1, torch.where((columns >= 0) & (columns < keys), columns, keys), False)
-    others = others[:, :keys].contiguous() if mask is None else others[:, :keys] & mask
+    others = others[:, :keys] if mask is None else others[:, :keys] & mask
+    counts, others = flags(mask), flags(others)
 
     slopes = torch.empty(batch, heads, queries, count, dtype=torch.float32, device=device)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
@@ -252,13 +254,13 @@ def attention_columns_backward(
     tensors: tuple[Tensor | None, ...]
     with on_device(query):
         programs = batch * heads * triton.cdiv(queries, few["BLOCK_M"])
-        tensors = (grad, query, key, columns, times, mask, lse, slopes, delta)
+        tensors = (grad, query, key, columns, times, counts, lse, slopes, delta)
         groups = 1 if mean else heads
         arguments = (*tensors, scale, heads, groups, queries, keys, count, *strides)
         launch(_slopes_kernel, programs, *arguments, num_stages=SLOPES_STAGES, **few)
         if grad_query is not None:
             programs = batch * heads * triton.cdiv(queries, tile["BLOCK_M"])
-            tensors = (query, key, columns, others, mask, lse, slopes, delta, grad_query)
+            tensors = (query, key, columns, others, counts, lse, slopes, delta, grad_query)
             launch(_grad_query_kernel, programs, *tensors, scale, *sizes, *strides, **tile)
         if grad_key is not None:
             programs = batch * heads * triton.cdiv(keys, tile["BLOCK_M"])

@@ -14,8 +14,8 @@ ROWS = tl.constexpr(32)  # rows at a time when their losses are added up
 
 @triton.jit
 def tree_sum(values, LEVELS: tl.constexpr):
-    """Sums over the last of two dimensions, 2**LEVELS wide: pairwise, one bit of the index at a time, so that the order of
-    additions does not depend on the layout, which changes with the alignment of the inputs."""
+    """Sums over the last of two dimensions, 2**LEVELS wide: pairwise, one bit of the index at a time, so that the order
+    of additions does not depend on the layout, which changes with the alignment of the inputs."""
     for _ in tl.static_range(LEVELS):
         values = tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // 2, 2)), axis=2)
     return tl.reshape(values, (values.shape[0],))

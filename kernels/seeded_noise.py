@@ -41,7 +41,7 @@ def _philox(key_lo, key_hi, x, y):
     w = tl.zeros_like(x)
     a = tl.full((1,), 0xD2511F53, tl.uint64)
     b = tl.full((1,), 0xCD9E8D57, tl.uint64)
-    for i in tl.static_range(10):
+    for _ in tl.static_range(10):
         p0 = x.to(tl.uint64) * a
         p1 = z.to(tl.uint64) * b
         x = (p1 >> 32).to(tl.uint32) ^ y ^ key_lo

@@ -15,8 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtedit_fast.kernels.seeded_noise import NUM_WARPS
-
 EVERY = (80, 90, 100)
 MOVES = re.compile(
     r"\b(?:ld|st)\.global(?:\.\w+)*?(?:\.v([24]))?\.b(8|16|32|64)\b|\bcp\.async\.\S+ [^;]*?, 0x([0-9a-f]+)[,;]"
@@ -36,7 +34,7 @@ def report(
     signature: dict[str, Any],
     arch: int,
     *,
-    num_warps: int = NUM_WARPS,
+    num_warps: int,
     num_stages: int = 3,
     divisible: Sequence[str] = ("numel",),
 ) -> dict[str, Any]:

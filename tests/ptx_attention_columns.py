@@ -9,10 +9,10 @@ from mtedit_fast.kernels import attention_columns_backward as backward
 INTEGERS = ("heads", "groups", "queries", "keys", "count", "query_head_stride", "key_head_stride")
 STRIDES = ("query_batch_stride", "query_stride", "key_batch_stride", "key_stride")
 ROWS = ("query_ptr", "key_ptr")
-BOOLS = ("mask_ptr", "others_ptr")
+FLAGS = ("mask_ptr", "others_ptr")
 FP32 = ("grad_ptr", "times_ptr", "lse_ptr", "slopes_ptr", "delta_ptr")
 
-SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(FP32, "*fp32") | dict.fromkeys(BOOLS, "*i1")
+SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(FP32, "*fp32") | dict.fromkeys(FLAGS, "*i32")
 SIGNATURE |= {"columns_ptr": "*i64", "scale": "fp32"}
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TILED = {"lse": forward._lse_kernel, "grad_query": backward._grad_query_kernel, "grad_key": backward._grad_key_kernel}
@@ -34,7 +34,14 @@ def kernel_report(
     pointers = dict.fromkeys(ROWS, POINTERS[dtype]) | {"out_ptr": "*fp32" if name in FEW else POINTERS[dtype]}
     stages = backward.SLOPES_STAGES if name == "slopes" else forward.STAGES
     signature = SIGNATURE | pointers | own | changes
-    row = report(kernel, signature, arch, num_stages=stages, divisible=EVEN if even else ())
+    row = report(
+        kernel,
+        signature,
+        arch,
+        num_warps=forward.NUM_WARPS,
+        num_stages=stages,
+        divisible=EVEN if even else (),
+    )
     show(" ".join(filter(None, (name, POINTERS[dtype], str(width), label))), arch, row)
 
 

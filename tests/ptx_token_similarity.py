@@ -19,13 +19,15 @@ EVEN = (*STRIDES, "width", "slope_stride")  # where D is a multiple of 16
 
 
 def main() -> None:
+    options = {"num_warps": kernels.NUM_WARPS}
+    even = options | {"divisible": EVEN}
     for width, archs in ((64, (90,)), (768, EVERY), (4096, (90,))):
         for name, kernel in KERNELS.items():
             for arch in archs:
-                show(f"{name} {width}", arch, report(kernel, SIGNATURE | kernels._blocks(width), arch, divisible=EVEN))
+                show(f"{name} {width}", arch, report(kernel, SIGNATURE | kernels._blocks(width), arch, **even))
     for name, kernel in KERNELS.items():
-        show(f"{name} odd", 90, report(kernel, SIGNATURE | kernels._blocks(768), 90))
-        show(f"{name} plain", 90, report(kernel, SIGNATURE | kernels._blocks(768) | PLAIN, 90, divisible=EVEN))
+        show(f"{name} odd", 90, report(kernel, SIGNATURE | kernels._blocks(768), 90, **options))
+        show(f"{name} plain", 90, report(kernel, SIGNATURE | kernels._blocks(768) | PLAIN, 90, **even))
 
 
 if __name__ == "__main__":

@@ -33,4 +33,4 @@ CASES = [
 if __name__ == "__main__":
     for name, kernel, signature, archs in CASES:
         for arch in archs:
-            show(name, arch, report(kernel, signature, arch))
+            show(name, arch, report(kernel, signature, arch, num_warps=nft_loss.NUM_WARPS))
