@@ -8,7 +8,8 @@ from torch import Tensor
 from mtedit_fast.kernels.seeded_noise import on_device, round_to
 
 TOKENS = 32  # of one partial sum
-TILE = 4096  # elements in registers
+TILE = 8192  # elements in registers, half as many in the gradient
+CHUNK = 256  # elements that a warp loads at once: 16 bytes of halves per thread
 NUM_WARPS = 8
 
 
@@ -33,14 +34,21 @@ def _partial_sum(
     NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Σ over the tokens of a tile, [BLOCK_D]; NaN for a row outside the bank."""
+    """Σ over the tokens of a tile, [CHUNKS, CHUNK]; NaN for a row outside the bank.
+
+    A chunk is what a warp loads of a token at a time, so that a token's sum of squares stays within a warp, and a
+    column's sum over the tokens within a thread until the end.
+    """
     row = tl.load(index_ptr + pair)
     inside = (row >= 0) & (row < rows)
-    column = tl.arange(0, BLOCK_D)
+    column = (tl.arange(0, CHUNKS) * CHUNK)[:, None, None] + tl.arange(0, CHUNK)[None, None, :]
     count = tl.where(inside, tokens, 0)
-    total = tl.zeros((BLOCK_D,), tl.float32) + tl.where(inside, 0.0, float("nan"))
+    total = tl.zeros((CHUNKS, BLOCK_N, CHUNK), tl.float32)
+    local = tl.arange(0, BLOCK_N)
+    first_ptr = tokens_ptr + row * row_stride + tile.to(tl.int64) * TOKENS * token_stride
     for start in range(0, TOKENS, BLOCK_N):
         token = tile * TOKENS + start + tl.arange(0, BLOCK_N)
         used = token < count
@@ -48,13 +56,12 @@ def _partial_sum(
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + pair * tokens + token, mask=used, other=0.0)
             used = used & (weight != 0.0)
-        address = tokens_ptr + row * row_stride + token.to(tl.int64)[:, None] * token_stride + column[None, :]
-        mask = used[:, None] & (column < width)[None, :]
-        values = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+        address = first_ptr + (start + local).to(tl.int64)[None, :, None] * token_stride + column
+        values = tl.load(address, mask=used[None, :, None] & (column < width), other=0.0).to(tl.float32)
         if NORMALIZE:
-            weight = weight * _inverse_norm(tl.sum(values * values, axis=1))
-        total += tl.sum(weight[:, None] * values, axis=0)
-    return total
+            weight = weight * _inverse_norm(tl.sum(tl.sum(values * values, axis=0), axis=1))
+        total += weight[None, :, None] * values
+    return tl.sum(total, axis=1) + tl.where(inside, 0.0, float("nan"))
 
 
 @triton.jit
@@ -80,22 +87,35 @@ def _pool_kernel(
     NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if tile < a_tiles:
         total = _partial_sum(
             a_ptr, index_a_ptr, weights_a_ptr, a_rows, a_tokens, a_row_stride, a_token_stride, width, pair, tile,
-            NORMALIZE, TOKENS, BLOCK_N, BLOCK_D,
+            NORMALIZE, TOKENS, BLOCK_N, CHUNKS, CHUNK,
         )  # fmt: skip
     else:
         total = _partial_sum(
             b_ptr, index_b_ptr, weights_b_ptr, b_rows, b_tokens, b_row_stride, b_token_stride, width, pair,
-            tile - a_tiles, NORMALIZE, TOKENS, BLOCK_N, BLOCK_D,
+            tile - a_tiles, NORMALIZE, TOKENS, BLOCK_N, CHUNKS, CHUNK,
         )  # fmt: skip
-    column = tl.arange(0, BLOCK_D)
+    column = (tl.arange(0, CHUNKS) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     tl.store(partial_ptr + (pair * tiles + tile) * width + column, total, mask=column < width)
+
+
+@triton.jit
+def _tile_sum(partial_ptr, first, last, width, BLOCK_D: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Σ of partial sums first … last, [BLOCK_D]."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    total = tl.zeros((AT_ONCE, BLOCK_D), tl.float32)
+    for start in range(first, last, AT_ONCE):
+        tile = start + tl.arange(0, AT_ONCE)[:, None]
+        mask = (tile < last) & (column < width)
+        total += tl.load(partial_ptr + tile * width + column, mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -107,16 +127,13 @@ def _cosine_kernel(
     a_tiles,
     tiles,
     BLOCK_D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     mask = column < width
-    a = tl.zeros((BLOCK_D,), tl.float32)
-    b = tl.zeros((BLOCK_D,), tl.float32)
-    for tile in range(0, a_tiles):
-        a += tl.load(partial_ptr + (pair * tiles + tile) * width + column, mask=mask, other=0.0)
-    for tile in range(a_tiles, tiles):
-        b += tl.load(partial_ptr + (pair * tiles + tile) * width + column, mask=mask, other=0.0)
+    a = _tile_sum(partial_ptr + pair * tiles * width, 0, a_tiles, width, BLOCK_D, AT_ONCE)
+    b = _tile_sum(partial_ptr + pair * tiles * width, a_tiles, tiles, width, BLOCK_D, AT_ONCE)
     inverse_a = _inverse_norm(tl.sum(a * a, axis=0))
     inverse_b = _inverse_norm(tl.sum(b * b, axis=0))
     a = a * inverse_a
@@ -177,10 +194,16 @@ def _gradient_kernel(
     tl.store(out, round_to(total, out_ptr.dtype.element_ty), mask=mask)
 
 
-def _blocks(width: int) -> dict[str, int]:
+def blocks(kernel: str, width: int) -> dict[str, int]:
     """Depend on D alone, so that a pair's result does not depend on the other pairs."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK_N": min(TOKENS, max(1, TILE // block)), "BLOCK_D": block}
+    rows = min(TOKENS, max(1, TILE // block))
+    chunk = min(block, CHUNK)
+    return {
+        "pool": {"TOKENS": TOKENS, "BLOCK_N": rows, "CHUNKS": block // chunk, "CHUNK": chunk},
+        "cosine": {"BLOCK_D": block, "AT_ONCE": min(max(1, TILE // block), 8)},
+        "gradient": {"BLOCK_N": min(TOKENS, max(1, TILE // 2 // block)), "BLOCK_D": block},
+    }[kernel]
 
 
 def token_similarity_forward(
@@ -225,12 +248,11 @@ def token_similarity_forward(
             a_tiles,
             tiles,
             NORMALIZE=normalize,
-            TOKENS=TOKENS,
-            **_blocks(width),
+            **blocks("pool", width),
             **options,
         )
-        block = triton.next_power_of_2(width)
-        _cosine_kernel[(count,)](partial, similarity, slopes, width, a_tiles, tiles, BLOCK_D=block, **options)
+        sizes = blocks("cosine", width)
+        _cosine_kernel[(count,)](partial, similarity, slopes, width, a_tiles, tiles, **sizes, **options)
     return similarity, slopes
 
 
@@ -250,8 +272,8 @@ def token_similarity_backward(
         return out
     ordered, order = index.sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(rows + 1, device=index.device))
-    blocks = _blocks(width)
-    tiles = triton.cdiv(count, blocks["BLOCK_N"])
+    tile = blocks("gradient", width)
+    tiles = triton.cdiv(count, tile["BLOCK_N"])
     with on_device(tokens):
         _gradient_kernel[(rows * tiles,)](
             tokens,
@@ -269,7 +291,7 @@ def token_similarity_backward(
             width,
             tiles,
             NORMALIZE=normalize,
-            **blocks,
+            **tile,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )

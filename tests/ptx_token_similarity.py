@@ -12,7 +12,7 @@ WEIGHTS = ("weights_a_ptr", "weights_b_ptr", "weights_ptr")
 FP32 = (*WEIGHTS, "partial_ptr", "similarity_ptr", "slopes_ptr", "slope_ptr", "grad_ptr")
 
 SIGNATURE = dict.fromkeys((*INTEGERS, *STRIDES), "i32") | dict.fromkeys(TOKENS, "*bf16") | dict.fromkeys(FP32, "*fp32")
-SIGNATURE |= dict.fromkeys(INDICES, "*i64") | {"TOKENS": kernels.TOKENS, "NORMALIZE": True}
+SIGNATURE |= dict.fromkeys(INDICES, "*i64") | {"NORMALIZE": True}
 PLAIN = dict.fromkeys(TOKENS, "*fp32") | dict.fromkeys(WEIGHTS) | {"NORMALIZE": False}
 KERNELS = {"pool": kernels._pool_kernel, "cosine": kernels._cosine_kernel, "gradient": kernels._gradient_kernel}
 EVEN = (*STRIDES, "width", "slope_stride")  # where D is a multiple of 16
@@ -24,10 +24,10 @@ def main() -> None:
     for width, archs in ((64, (90,)), (768, EVERY), (4096, (90,))):
         for name, kernel in KERNELS.items():
             for arch in archs:
-                show(f"{name} {width}", arch, report(kernel, SIGNATURE | kernels._blocks(width), arch, **even))
+                show(f"{name} {width}", arch, report(kernel, SIGNATURE | kernels.blocks(name, width), arch, **even))
     for name, kernel in KERNELS.items():
-        show(f"{name} odd", 90, report(kernel, SIGNATURE | kernels._blocks(768), 90, **options))
-        show(f"{name} plain", 90, report(kernel, SIGNATURE | kernels._blocks(768) | PLAIN, 90, **even))
+        show(f"{name} odd", 90, report(kernel, SIGNATURE | kernels.blocks(name, 768), 90, **options))
+        show(f"{name} plain", 90, report(kernel, SIGNATURE | kernels.blocks(name, 768) | PLAIN, 90, **even))
 
 
 if __name__ == "__main__":
