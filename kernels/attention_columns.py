@@ -11,17 +11,18 @@ from mtedit_fast.kernels.linear_logsumexp import finite
 from mtedit_fast.kernels.seeded_noise import INTERPRETED, on_device
 
 STAGES = 3
-NUM_WARPS = 8
 BLOCK_C = 16  # columns at a time: the least that a product takes
-# Rows that a program keeps and rows that it goes along; by kernel ("few" looks at columns only) and whether rows are
-# of half precision.
+# Rows that a program keeps, rows that it goes along and warps; by kernel ("few" looks at columns only) and whether rows
+# are of half precision. A warp, or on sm_90 four, has rows of its own: what it multiplies a second time stays in it.
 TILES = {
-    ("lse", True): (128, 64),
-    ("lse", False): (32, 32),
-    ("grad", True): (64, 32),
-    ("grad", False): (32, 16),
-    ("few", True): (32, 0),
-    ("few", False): (16, 0),
+    ("lse", True): (128, 64, 8),
+    ("lse", False): (32, 32, 8),
+    ("grad_query", True): (64, 64, 4),
+    ("grad_query", False): (32, 16, 8),
+    ("grad_key", True): (64, 32, 4),
+    ("grad_key", False): (32, 16, 8),
+    ("few", True): (32, 0, 4),
+    ("few", False): (16, 0, 8),
 }
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Not specialised: a kernel for every one that is 1 would be compiled for nothing.
@@ -168,8 +169,8 @@ def _columns_kernel(
 
 def blocks(kernel: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     """Depend on dtype and D alone, whatever the batch and the lengths, and with them the order of every sum."""
-    kept, passed = TILES[kernel, dtype != torch.float32]
-    sizes = {"D": width, "BLOCK_M": kept, "BLOCK_D": max(triton.next_power_of_2(width), 16)}
+    kept, passed, warps = TILES[kernel, dtype != torch.float32]
+    sizes = {"D": width, "BLOCK_M": kept, "BLOCK_D": max(triton.next_power_of_2(width), 16), "num_warps": warps}
     if passed:
         sizes["BLOCK_N"] = passed
     if kernel != "lse":
@@ -185,7 +186,7 @@ def flags(mask: Tensor | None) -> Tensor | None:
 
 def launch(kernel: Any, programs: int, *arguments: Any, num_stages: int = STAGES, **blocks: int) -> None:
     if programs:
-        kernel[(programs,)](*arguments, **blocks, num_warps=NUM_WARPS, num_stages=num_stages, enable_fp_fusion=False)
+        kernel[(programs,)](*arguments, **blocks, num_stages=num_stages, enable_fp_fusion=False)
 
 
 def attention_columns_forward(

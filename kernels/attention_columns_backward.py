@@ -250,7 +250,7 @@ def attention_columns_backward(
     grad_query = query.new_empty(query.shape) if needs[0] else None
     grad_key = key.new_empty(key.shape) if needs[1] else None
     sizes, strides = (heads, queries, keys, count), (*query.stride()[:3], *key.stride()[:3])
-    tile, few = blocks("grad", query.dtype, width), blocks("few", query.dtype, width)
+    few = blocks("few", query.dtype, width)
     tensors: tuple[Tensor | None, ...]
     with on_device(query):
         programs = batch * heads * triton.cdiv(queries, few["BLOCK_M"])
@@ -259,10 +259,12 @@ def attention_columns_backward(
         arguments = (*tensors, scale, heads, groups, queries, keys, count, *strides)
         launch(_slopes_kernel, programs, *arguments, num_stages=SLOPES_STAGES, **few)
         if grad_query is not None:
+            tile = blocks("grad_query", query.dtype, width)
             programs = batch * heads * triton.cdiv(queries, tile["BLOCK_M"])
             tensors = (query, key, columns, others, counts, lse, slopes, delta, grad_query)
             launch(_grad_query_kernel, programs, *tensors, scale, *sizes, *strides, **tile)
         if grad_key is not None:
+            tile = blocks("grad_key", query.dtype, width)
             programs = batch * heads * triton.cdiv(keys, tile["BLOCK_M"])
             tensors = (query, key, columns, others, lse, slopes, delta, grad_key)
             launch(_grad_key_kernel, programs, *tensors, scale, *sizes, *strides, **tile)

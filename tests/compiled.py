@@ -47,8 +47,8 @@ def assert_wide(rows: list[Row], *but: str) -> None:
     """
     checked = [row for row in rows if not any(word in row["kernel"] for word in but)]
     assert checked
-    assert not [row for row in checked if row["wide"] < 0.25]
-    assert not [row for row in rows if "odd" in but and row["kernel"].endswith("odd") and row["wide"] >= 0.25]
+    assert not [row for row in checked if row["wide"] < 0.3]
+    assert not [row for row in rows if "odd" in but and row["kernel"].endswith("odd") and row["wide"] >= 0.3]
 
 
 def assert_half_products_on_tensor_cores(rows: list[Row]) -> None:

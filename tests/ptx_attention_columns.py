@@ -30,7 +30,8 @@ def kernel_report(
     name: str, dtype: torch.dtype, width: int, arch: int, label: str = "", even: bool = True, **changes: None
 ) -> None:
     kernel = (TILED | FEW)[name]
-    own = forward.blocks("few" if name in FEW else "lse" if name == "lse" else "grad", dtype, width)
+    own = forward.blocks("few" if name in FEW else name, dtype, width)
+    warps = own.pop("num_warps")
     pointers = dict.fromkeys(ROWS, POINTERS[dtype]) | {"out_ptr": "*fp32" if name in FEW else POINTERS[dtype]}
     stages = backward.SLOPES_STAGES if name == "slopes" else forward.STAGES
     signature = SIGNATURE | pointers | own | changes
@@ -38,7 +39,7 @@ def kernel_report(
         kernel,
         signature,
         arch,
-        num_warps=forward.NUM_WARPS,
+        num_warps=warps,
         num_stages=stages,
         divisible=EVEN if even else (),
     )
