@@ -156,6 +156,7 @@ STEPS = (
         Step("ops", name, "", "cpu", 3, 900, name, ())
         for name in ("sde_step", "nft_loss", "digit_score", "attention_columns", "token_similarity", "crop_resize")
     ),
+    Step("ops", "machine_code", "", "cpu", 2, 300, "", ("triton",)),
     Step("ops", "adapters", "", "cpu", 2, 300, "update"),
     Step("export", "export", "--tiny", "cpu", 1, 300),
     Step("export", "export", "--tiny --editor klein-4b", "cpu", 1, 300),

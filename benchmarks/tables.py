@@ -139,6 +139,16 @@ TABLES = {
             "over the best": ("speedup_best", times),
         }
     ),
+    "machine_code": Table(
+        {
+            "instructions": ("instructions", plain),
+            "bytes": ("bytes", plain),
+            "issued in, of the least time": ("issue_percent", percent),
+            "registers": ("registers", plain),
+            "warps": ("warps", plain),
+        },
+        ("op", "variant", "dtype", "unit"),
+    ),
     "adapters": Table({"time": ("median_us", ms), "over serial forwards": ("speedup_eager", times)}),
 }
 

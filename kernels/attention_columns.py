@@ -15,7 +15,7 @@ BLOCK_C = 16  # columns at a time: the least that a product takes
 # Rows that a program keeps, rows that it goes along and warps; by kernel ("few" looks at columns only) and whether rows
 # are of half precision. A warp, or on sm_90 four, has rows of its own: what it multiplies a second time stays in it.
 TILES = {
-    ("lse", True): (128, 64, 8),
+    ("lse", True): (128, 64, 4),
     ("lse", False): (32, 32, 8),
     ("grad_query", True): (64, 64, 4),
     ("grad_query", False): (32, 16, 8),

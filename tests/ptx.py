@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from mtedit_fast.kernels.ahead_of_time import compile_for
 
 EVERY = (80, 90, 100)
 MOVES = re.compile(
@@ -38,25 +38,9 @@ def report(
     num_stages: int = 3,
     divisible: Sequence[str] = ("numel",),
 ) -> dict[str, Any]:
-    """Registers, bytes of stack and local and shared memory, and counts of what is in the code.
-
-    Args:
-        signature: more than the kernel's arguments: a type, or the value of a constant.
-        divisible: integers that are multiples of 16, as Triton finds out at a launch; pointers are.
-    """
-    given = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: value if isinstance(value, str) else "constexpr" for name, value in given.items()},
-        constexprs={name: value for name, value in given.items() if not isinstance(value, str)},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, value) in enumerate(given.items())
-            if isinstance(value, str) and (value.startswith("*") or name in divisible)
-        },
-    )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    """Registers, bytes of stack and local and shared memory, and counts of what is in the code; see `compile_for`."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "divisible": divisible}
+    compiled = compile_for(arch, kernel, signature, **options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
