@@ -128,6 +128,7 @@ STEPS = (
     _op("attention_columns", seconds=300, gigabytes=24, first_row=60),
     _op("token_similarity"),
     _op("crop_resize", seconds=240, needs=(CUDA_KERNELS,)),
+    Step("ops", "tiles", "", "cuda", 24, 540, first_row=60, needs=()),
     Step("ops", "adapters", "", "cuda", 32, 240, "update", MODELS, 60),
     _op("nft_loss"),
     _op("sde_step"),
