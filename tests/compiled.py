@@ -11,7 +11,7 @@ import triton
 
 Row = dict[str, Any]
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-STACK = {(3, 6): 72, (3, 7): 80, (3, 8): 8}.get(TRITON_VERSION, 0)
+STACK = {(3, 6): 16, (3, 7): 40, (3, 8): 8}.get(TRITON_VERSION, 0)
 """Bytes of a thread's registers that may be spilled, as ptxas of Triton 3.6 to 3.8 does in a few of the kernels."""
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block may have, by architecture."""
