@@ -39,29 +39,34 @@ def _partial_sum(
 ):
     """Σ over the tokens of a tile, [CHUNKS, CHUNK]; NaN for a row outside the bank.
 
-    A chunk is what a warp loads of a token at a time, so that a token's sum of squares stays within a warp, and a
-    column's sum over the tokens within a thread until the end.
+    A chunk is what a warp loads of a token at a time, and those of a token lie as far apart as there are tokens, mostly
+    one for each warp: a token's sum of squares stays within a warp, a column's sum within a thread until the end.
     """
     row = tl.load(index_ptr + pair)
     inside = (row >= 0) & (row < rows)
-    column = (tl.arange(0, CHUNKS) * CHUNK)[:, None, None] + tl.arange(0, CHUNK)[None, None, :]
+    piece = tl.arange(0, CHUNKS * BLOCK_N)
+    local = piece % BLOCK_N
+    column = (piece // BLOCK_N * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     count = tl.where(inside, tokens, 0)
-    total = tl.zeros((CHUNKS, BLOCK_N, CHUNK), tl.float32)
-    local = tl.arange(0, BLOCK_N)
+    total = tl.zeros((CHUNKS * BLOCK_N, CHUNK), tl.float32)
     first_ptr = tokens_ptr + row * row_stride + tile.to(tl.int64) * TOKENS * token_stride
-    for start in range(0, TOKENS, BLOCK_N):
-        token = tile * TOKENS + start + tl.arange(0, BLOCK_N)
-        used = token < count
-        weight = tl.full((BLOCK_N,), 1.0, tl.float32)
+    left = tl.minimum(count - tile * TOKENS, TOKENS)  # not known when compiling, where the loop would be unrolled
+    for start in range(0, left, BLOCK_N):
+        token = start + local
+        used = token < left
+        weight = tl.full((CHUNKS * BLOCK_N,), 1.0, tl.float32)
         if weights_ptr is not None:
-            weight = tl.load(weights_ptr + pair * tokens + token, mask=used, other=0.0)
+            weight = tl.load(weights_ptr + pair * tokens + tile * TOKENS + token, mask=used, other=0.0)
             used = used & (weight != 0.0)
-        address = first_ptr + (start + local).to(tl.int64)[None, :, None] * token_stride + column
-        values = tl.load(address, mask=used[None, :, None] & (column < width), other=0.0).to(tl.float32)
+        address = first_ptr + token.to(tl.int64)[:, None] * token_stride + column
+        values = tl.load(address, mask=used[:, None] & (column < width), other=0.0).to(tl.float32)
         if NORMALIZE:
-            weight = weight * _inverse_norm(tl.sum(tl.sum(values * values, axis=0), axis=1))
-        total += weight[None, :, None] * values
-    return tl.sum(total, axis=1) + tl.where(inside, 0.0, float("nan"))
+            squares = tl.reshape(values * values, (CHUNKS, BLOCK_N, CHUNK))
+            inverse = _inverse_norm(tl.sum(tl.sum(squares, axis=0), axis=1))
+            inverse = tl.broadcast_to(inverse[None, :], (CHUNKS, BLOCK_N))
+            weight = weight * tl.reshape(inverse, (CHUNKS * BLOCK_N,))
+        total += weight[:, None] * values
+    return tl.sum(tl.reshape(total, (CHUNKS, BLOCK_N, CHUNK)), axis=1) + tl.where(inside, 0.0, float("nan"))
 
 
 @triton.jit

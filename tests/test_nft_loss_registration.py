@@ -71,7 +71,7 @@ def test_compiles_for_every_architecture_without_fp64_or_spills(compiled_kernels
     assert_no_fp64_or_spills(compiled_kernels, {"nft", "crd", "backward"})
     assert_wide(compiled_kernels, "one element")
     for row in compiled_kernels:
-        assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
+        assert row["reg"] <= 168, row  # three programs of 128 threads to a multiprocessor
         assert row["fused"] == 0, row
 
 
