@@ -60,12 +60,14 @@ class MachineCode:
         raise RuntimeError("expected an EXIT in the machine code")
 
     def loop(self) -> list[Instruction]:
-        """The longest innermost loop."""
-        ranges = [(each.jumps_back_to, each.address) for each in self.instructions if each.jumps_back_to is not None]
+        """The longest innermost loop. What jumps back from beyond the last EXIT is a branch out of line."""
+        ends = [each.address for each in self.instructions if each.name == "EXIT"]
+        jumps = [(each.jumps_back_to, each.address) for each in self.instructions if each.jumps_back_to is not None]
+        ranges = [(first, last) for first, last in jumps if not any(first <= end <= last for end in ends)]
         inner = [(a, b) for a, b in ranges if not any(a <= c and d < b for c, d in ranges)]
         if not inner:
             raise RuntimeError("expected a loop in the machine code")
-        first, last = max(inner, key=lambda ends: ends[1] - ends[0])
+        first, last = max(inner, key=lambda pair: pair[1] - pair[0])
         return [each for each in self.instructions if first <= each.address <= last]
 
 

@@ -27,7 +27,9 @@ LISTING = """
         /*00a0*/               @P0 EXIT ;
         /*00b0*/                   FADD R4, R4, R5 ;
         /*00c0*/                   EXIT ;
-        /*00d0*/                   BRA 0xd0 ;
+        /*00d0*/                   FADD R4, R4, R5 ;
+        /*00e0*/                   BRA 0x50 ;
+        /*00f0*/                   BRA 0xf0 ;
 """
 
 
@@ -45,10 +47,10 @@ def listed(machine_code, text):
 
 def test_a_listing_is_read(machine_code):
     code = listed(machine_code, LISTING)
-    assert [each.address for each in code.instructions] == list(range(0, 0xE0, 16))
+    assert [each.address for each in code.instructions] == list(range(0, 0x100, 16))
     assert code.instructions[1].predicated
     assert not code.instructions[0].predicated
-    assert [each.jumps_back_to for each in code.instructions if each.name == "BRA"] == [0x20, 0x50, 0x10, None]
+    assert [each.jumps_back_to for each in code.instructions if each.name == "BRA"] == [0x20, 0x50, 0x10, 0x50, None]
 
 
 def test_what_a_program_runs_once_ends_where_the_last_one_goes_on(machine_code):
