@@ -108,5 +108,5 @@ def test_memory_bound_kernels_issue_in_less_time_than_their_bytes_take(rows):
     """With room for what a count does not see. What draws noise is the exception that docs/performance.md explains."""
     for row in rows:
         if row["unit"] == "element" and row["variant"] != "seed":
-            assert float(row["issue_percent"]) <= 80, row
+            assert float(row["issue_percent"]) <= 85, row
     assert all(float(row["issue_percent"]) < 200 for row in rows)
