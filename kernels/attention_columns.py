@@ -178,10 +178,10 @@ def blocks(kernel: str, dtype: torch.dtype, width: int) -> dict[str, int]:
     return sizes
 
 
-def flags(mask: Tensor | None) -> Tensor | None:
+def flags(mask: Tensor) -> Tensor:
     """As wide as fp32: the compiler lays out a product's operands by the narrowest type they depend on, and where that
     is a byte, halves as sm_80 cannot load them."""
-    return None if mask is None else mask.to(torch.int32, memory_format=torch.contiguous_format)
+    return mask.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, num_stages: int = STAGES, **blocks: int) -> None:
@@ -198,7 +198,7 @@ def attention_columns_forward(
     groups = 1 if mean else heads
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     found = torch.empty(batch, groups, queries, count, dtype=torch.float32, device=query.device)
-    mask = flags(mask)
+    mask = mask if mask is None else flags(mask)
     strides = (*query.stride()[:3], *key.stride()[:3])
     tile, few = blocks("lse", query.dtype, width), blocks("few", query.dtype, width)
     with on_device(query):

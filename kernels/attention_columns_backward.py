@@ -243,7 +243,7 @@ def attention_columns_backward(
     others = torch.ones(batch, keys + 1, dtype=torch.bool, device=device)
     others.scatter_(1, torch.where((columns >= 0) & (columns < keys), columns, keys), False)
     others = others[:, :keys] if mask is None else others[:, :keys] & mask
-    counts, others = flags(mask), flags(others)
+    counts, others = mask if mask is None else flags(mask), flags(others)
 
     slopes = torch.empty(batch, heads, queries, count, dtype=torch.float32, device=device)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)
