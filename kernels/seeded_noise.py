@@ -26,13 +26,12 @@ def round_to(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sqrt(x):
-    if _INTERPRETED:
-        return tl.sqrt_rn(x)
-    else:
-        inverse = tl.minimum(tl.rsqrt(x), 1e18)
-        root = x * inverse
-        return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
+def fast_sqrt(x):
+    """`tl.sqrt_rn` of 0, −0 and what is positive and normal: what ptxas makes of it, without the branch for all else.
+    Both multiply-adds must be fused."""
+    inverse = tl.minimum(tl.rsqrt(tl.abs(x)), 1e18)
+    root = x * inverse
+    return tl.fma(tl.fma(-root, root, x), 0.5 * inverse, root)
 
 
 @triton.jit
@@ -71,7 +70,8 @@ def _box_muller(radius_bits, angle_bits):
     log = log * f + -0.25000298023223877
     log = log * f + 0.333333283662796
     log = tl.fma(square, -0.5, e * -0.00021219444170128554 + log * f * square) + f
-    radius = _sqrt(-2.0 * tl.fma(e, 0.693359375, log))
+    squared_radius = -2.0 * tl.fma(e, 0.693359375, log)
+    radius = tl.sqrt_rn(squared_radius) if _INTERPRETED else fast_sqrt(squared_radius)  # which it would not fuse
 
     rotated = angle_bits + tl.full((1,), 0x20000000, tl.uint32)
     theta = (angle_bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198167899e-10

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compiled import Row, assert_no_fp64_or_spills, assert_wide, compile_all
 
+from mtedit_fast.kernels.seeded_noise import INTERPRETED, fast_sqrt
 from mtedit_fast.ops import sde_coefficients, sde_step
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -23,7 +26,7 @@ def test_compiles_for_every_architecture_without_fp64_or_spills(compiled: list[R
         assert row["reg"] <= 128, row  # two blocks of 256 threads to a multiprocessor
 
 
-def test_nothing_is_fused_but_what_says_so(compiled: list[Row]) -> None:
+def test_nothing_else_fuses_multiply_adds(compiled: list[Row]) -> None:
     """Anything else fused would break the bit-equality with the other back ends.
 
     Two normals have four multiplications by powers of two or of few bits, whose result is exact, and the two of the
@@ -33,6 +36,26 @@ def test_nothing_is_fused_but_what_says_so(compiled: list[Row]) -> None:
     assert [row for row in compiled if row["drawn"]]
     assert all(row["fused"] == 3 * row["drawn"] for row in compiled if row not in gaussian)
     assert {row["fused"] - 3 * row["drawn"] for row in gaussian} == {gaussian[0]["fused"] - 3 * gaussian[0]["drawn"]}
+
+
+@triton.jit
+def _roots(x_ptr, out_ptr, count: tl.constexpr):
+    at = tl.arange(0, count)
+    tl.store(out_ptr + at, fast_sqrt(tl.load(x_ptr + at)))
+
+
+def test_fast_square_roots() -> None:
+    """Rounded as IEEE says where multiply-adds are fused, which the interpreter's are not; of −0, too, which comes of the
+    largest random words."""
+    device = "cpu" if INTERPRETED else "cuda"
+    x = torch.cat((torch.tensor([0.0, -0.0, 2.0**-23, 45.8]), 46 * torch.rand(2**16 - 4).clamp(min=1e-7))).to(device)
+    found = torch.empty_like(x)
+    _roots[(1,)](x, found, count=len(x), enable_fp_fusion=False)
+    exact = x.double().sqrt().float()
+    assert torch.equal(found[:2].signbit().cpu(), torch.tensor([False, True]))
+    assert torch.equal(found[:2], exact[:2])
+    ulps = (found.view(torch.int32) - exact.view(torch.int32)).abs().max()
+    assert ulps <= INTERPRETED
 
 
 @needs_gpu

@@ -35,6 +35,16 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], ex
     assert tuple(map(int, words)) == expected
 
 
+def test_a_uniform_that_rounds_to_one_draws_a_zero(backend: str) -> None:
+    """Its −2 ln u is −0. Seed 206 has the first such word, 0xFFFFFFB0, in Philox's counter 63873."""
+    at = 4 * 63873 + 2
+    words = philox4x32((torch.tensor(63873), *torch.zeros(3, dtype=torch.int64)), (torch.tensor(206), torch.tensor(0)))
+    assert int(words[2]) == 0xFFFFFFB0
+    normals = draw(backend, torch.tensor([206]), (at + 2,), 0)
+    assert torch.equal(normals[0, at:], torch.zeros(2))
+    assert torch.isfinite(normals).all()
+
+
 def test_first_normals_come_from_the_known_answer(backend: str) -> None:
     """Seed 0, step 0, element 0…3 are Philox's counter 0 and key 0."""
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
