@@ -45,7 +45,7 @@ def _roots(x_ptr, out_ptr, count: tl.constexpr):
 
 
 def test_fast_square_roots() -> None:
-    """Rounded as IEEE says where multiply-adds are fused, which the interpreter's are not; of −0, too, which comes of the
+    """Rounded as IEEE says where multiply-adds are fused, which the interpreter's are not; of −0, which comes of the
     largest random words."""
     device = "cpu" if INTERPRETED else "cuda"
     x = torch.cat((torch.tensor([0.0, -0.0, 2.0**-23, 45.8]), 46 * torch.rand(2**16 - 4).clamp(min=1e-7))).to(device)
