@@ -11,7 +11,7 @@ lower bound of what it takes: latencies, and instructions that take their unit l
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from mtedit_fast.kernels import (
     attention_columns,
     attention_columns_backward,
     crd_loss,
-    digit_score,
     linear_logsumexp,
     nft_loss,
     sde_step,
@@ -74,7 +73,7 @@ class Case:
     loop: bool = False
     dtype: str = "bf16"
     stages: int = 3
-    divisible: Sequence[str] = field(default=("numel",))
+    divisible: Sequence[str] = ("numel",)
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ def attention_cases(width: int = 128) -> Iterator[Case]:
         tile = attention_columns.blocks(name, torch.bfloat16, width)
         warps, units = tile.pop("num_warps"), tile["BLOCK_M"] * tile["BLOCK_N"]
         options = {"flops": 2 * width * products, "loop": True, "divisible": divisible}
+        options["stages"] = attention_columns.STAGES
         yield Case("attention_columns", name, kernel, signature | tile, warps, units, **options)
 
 
@@ -149,10 +149,14 @@ def judge_cases(width: int = 768) -> Iterator[Case]:
     tile = linear_logsumexp.TILES["half"]
     signature = dict.fromkeys(("count", "vocab_size", "width", "weight_stride", "tiles"), "i32") | tile
     signature |= {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "partial_ptr": "*fp32", "scale": "fp32", "EVEN": True}
-    signature |= dict.fromkeys(("bias_ptr", "target_ptr", "picked_ptr")) | {"ENTROPY": False, "GROUP": 32}
+    signature |= dict.fromkeys(("bias_ptr", "target_ptr", "picked_ptr")) | {
+        "ENTROPY": False,
+        "GROUP": linear_logsumexp.GROUP,
+    }
     units, kernel = tile["BLOCK_N"] * tile["BLOCK_V"], linear_logsumexp._partial_kernel
-    options: dict[str, Any] = {"loop": True, "flops": 2 * tile["BLOCK_H"], "divisible": ("width", "weight_stride")}
-    yield Case("digit_score", "vocab, 64 of the width", kernel, signature, digit_score.NUM_WARPS, units, **options)
+    options: dict[str, Any] = {"loop": True, "flops": 2 * tile["BLOCK_H"], "stages": linear_logsumexp.STAGES}
+    options["divisible"] = ("width", "weight_stride")
+    yield Case("digit_score", "vocab, 64 of the width", kernel, signature, linear_logsumexp.NUM_WARPS, units, **options)
 
     names = "rows tokens row_stride token_stride"
     sided = [f"{side}_{name}" for side in "ab" for name in (*names.split(), "tiles")]
@@ -222,6 +226,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[command.Job]:
+    if seeded_noise.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET: expected it unset, where kernels are compiled; unset it")
     for arch in args.arch:
         for case in cases():
             yield command.Job(columns(case, arch), partial(row, case, arch))

@@ -121,6 +121,8 @@ def measured(choice: Choice, bench: OpBench, case: Any, graph: bool, min_seconds
             with choice.set(value):
                 found = bench.calls(case, [choice.implementation])[0]
         except _does_not_fit() as error:
+            if value == choice.current:
+                raise
             print(f"{choice.name} {name}: {error}")
             continue
         calls[name] = [partial(_under, choice, value, call) for call in found[choice.implementation]]

@@ -1,13 +1,10 @@
 """What is in the machine code of a compiled kernel: its instructions, what most programs run of them, and its loops."""
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
+from mtedit_fast.kernels.ahead_of_time import cuobjdump
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][A-Z0-9_]*)([^;]*);")
 SPECIAL = {"MUFU", "F2F", "F2I", "I2F"}
@@ -41,10 +38,7 @@ class MachineCode:
 
     @classmethod
     def of(cls, compiled: Any) -> "MachineCode":
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            text, usage = (_cuobjdump(option, cubin) for option in ("-sass", "-res-usage"))
+        text, usage = (cuobjdump(compiled, option) for option in ("-sass", "-res-usage"))
         found = [Instruction(int(at, 16), bool(guard), name, rest) for at, guard, name, rest in LINE.findall(text)]
         registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
         return cls(found, registers, stack, compiled.metadata.shared)
@@ -69,8 +63,3 @@ class MachineCode:
             raise RuntimeError("expected a loop in the machine code")
         first, last = max(inner, key=lambda pair: pair[1] - pair[0])
         return [each for each in self.instructions if first <= each.address <= last]
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

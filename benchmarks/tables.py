@@ -144,6 +144,7 @@ TABLES = {
             "instructions": ("instructions", plain),
             "bytes": ("bytes", plain),
             "issued in, of the least time": ("issue_percent", percent),
+            "special functions": ("special_percent", percent),
             "registers": ("registers", plain),
             "warps": ("warps", plain),
         },

@@ -1,6 +1,9 @@
 """Kernels compiled for an architecture that need not be here; not in a process with Triton's interpreter."""
 
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -37,3 +40,12 @@ def compile_for(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def cuobjdump(compiled: Any, option: str) -> str:
+    """What the tool says of a compiled kernel: "-sass" its instructions, "-res-usage" registers, stack and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

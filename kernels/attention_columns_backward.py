@@ -240,10 +240,10 @@ def attention_columns_backward(
     keys, count, device = key.shape[2], columns.shape[1], query.device
     times = (columns[:, :, None] == columns[:, None]).sum(2, dtype=torch.float32)
     # A place past the last key takes the columns that are none.
-    others = torch.ones(batch, keys + 1, dtype=torch.bool, device=device)
-    others.scatter_(1, torch.where((columns >= 0) & (columns < keys), columns, keys), False)
-    others = others[:, :keys] if mask is None else others[:, :keys] & mask
-    counts, others = mask if mask is None else flags(mask), flags(others)
+    others = torch.ones(batch, keys + 1, dtype=torch.int32, device=device)
+    others.scatter_(1, torch.where((columns >= 0) & (columns < keys), columns, keys), 0)
+    counts = mask if mask is None else flags(mask)
+    others = others[:, :keys].contiguous() if counts is None else others[:, :keys] * counts
 
     slopes = torch.empty(batch, heads, queries, count, dtype=torch.float32, device=device)
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=device)

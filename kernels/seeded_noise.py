@@ -36,6 +36,7 @@ def fast_sqrt(x):
 
 @triton.jit
 def _philox(key_lo, key_hi, x, y):
+    """`tl.philox` of counter x, y, 0, 0: a product's halves come of one instruction here, there of one each."""
     z = tl.zeros_like(x)
     w = tl.zeros_like(x)
     a = tl.full((1,), 0xD2511F53, tl.uint64)

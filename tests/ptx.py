@@ -5,15 +5,10 @@ Compiling takes no GPU, but a process without the interpreter: the ptx_NAME.py t
 
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import triton
-
-from mtedit_fast.kernels.ahead_of_time import compile_for
+from mtedit_fast.kernels.ahead_of_time import compile_for, cuobjdump
 
 EVERY = (80, 90, 100)
 MOVES = re.compile(
@@ -41,11 +36,7 @@ def report(
     """Registers, bytes of stack and local and shared memory, and counts of what is in the code; see `compile_for`."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "divisible": divisible}
     compiled = compile_for(arch, kernel, signature, **options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = cuobjdump(compiled, "-res-usage")
     found: dict[str, Any] = {
         key.lower(): int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")
     }
