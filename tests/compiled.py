@@ -11,8 +11,8 @@ import triton
 
 Row = dict[str, Any]
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-STACK = {(3, 6): 16, (3, 7): 40, (3, 8): 8}.get(TRITON_VERSION, 0)
-"""Bytes of a thread's registers that may be spilled, as ptxas of Triton 3.6 to 3.8 does in a few of the kernels."""
+STACK = {(3, 6): 16, (3, 8): 8}.get(TRITON_VERSION, 0)
+"""Bytes of a thread's registers that may be spilled, as ptxas of Triton 3.6 and 3.8 does."""
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block may have, by architecture."""
 LEAST_WIDE = 0.27
