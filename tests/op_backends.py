@@ -11,6 +11,8 @@ from mtedit_fast.ops._backend import unavailable_reason
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+COMPILED = os.environ.get("TRITON_INTERPRET") != "1"
+"""Whether Triton's kernels are: with a GPU, or tests/ptx_machine."""
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": GPU}
 BACKENDS = [
