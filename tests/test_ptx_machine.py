@@ -1,5 +1,6 @@
 """Kernels as they are compiled for GPUs, run without one: see ptx_machine/__main__.py."""
 
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ptx_machine.driver import launch
+from ptx_machine.cuda import compile_cuda
 from ptx_machine.floats import fma, from_bfloat16, to_bfloat16
+from ptx_machine.launch import launch
 from ptx_machine.memory import BadAccess
 from ptx_machine.program import parse
 
@@ -20,6 +22,7 @@ SOME = {
     "test_sde_step_triton.py": "fast_square_roots",
     "test_nft_loss.py": "value_and_gradient_against_fp64 or depend_on_the_batch",
     "test_crd_loss.py": "against_fp64 or depend_on_the_batch",
+    "test_crop_resize.py": "cpp and (dtypes_and_normalisation or different_sizes or four_channels)",
     "test_production_widths.py": "bfloat16 and (attention or 768 or 896)",
 }
 """Tests of every family of kernels; with all of them it takes ten minutes."""
@@ -29,13 +32,27 @@ SOME = {
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("file", SOME)
 def test_kernels_as_compiled(file: str, arch: int) -> None:
+    if file == "test_crop_resize.py" and not shutil.which("nvcc"):
+        pytest.skip("takes nvcc")
     command = [sys.executable, HERE / "ptx_machine", str(arch), HERE / file, "-k", f"({SOME[file]}) and not reference"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
     assert not result.stdout.endswith("{}\n"), "nothing was launched"
 
 
-def kernel(body: str, registers: str = "") -> str:
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="takes nvcc")
+@pytest.mark.parametrize("vectors", [1, 1023, 5000])
+def test_the_copy_that_measures_bandwidth_copies(vectors: int) -> None:
+    """Fewer threads than vectors, and more."""
+    source = torch.randint(2**31 - 1, (4 * vectors,), dtype=torch.int32)
+    out = torch.zeros(4 * vectors + 4, dtype=torch.int32)
+    program = parse(compile_cuda("device_copy.cu", 80))
+    launch(program, (2, 1, 1), [out, source, vectors], threads=program.threads, shared=0)
+    assert torch.equal(out[:-4], source)
+    assert (out[-4:] == 0).all()
+
+
+def kernel(body: str) -> str:
     """Of 128 threads and a pointer; %rd1 is where a thread's number is, %r1 the thread."""
     return f"""
 .version 8.0
@@ -44,7 +61,7 @@ def kernel(body: str, registers: str = "") -> str:
 .extern .shared .align 16 .b8 memory[];
 .visible .entry kernel(.param .u64 kernel_param_0) .reqntid 128
 {{
-    .reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>; {registers}
+    .reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
     ld.param.b64 %rd0, [kernel_param_0];
     mov.u32 %r1, %tid.x;
     mul.wide.u32 %rd1, %r1, 4;

@@ -13,11 +13,13 @@ import pytest
 def main(arch: int, arguments: list[str]) -> int:
     os.environ["TRITON_INTERPRET"] = "0"
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from ptx_machine import driver
+    from ptx_machine import cuda, driver
+    from ptx_machine.launch import launches
 
     driver.install(arch)
+    cuda.install(arch)
     code = pytest.main(arguments)
-    print(f"launches on sm_{arch}: {driver.launches}")
+    print(f"launches on sm_{arch}: {launches}")
     return int(code)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_machine.floats import BFLOAT16, fma, from_bfloat16, to_bfloat16
+from ptx_machine.floats import BFLOAT16, fma, fma_double, from_bfloat16, to_bfloat16
 from ptx_machine.machine import Machine
 from ptx_machine.memory import Array, Lanes
 from ptx_machine.program import Instruction
@@ -90,10 +90,9 @@ def multiply(machine: Machine, one: Instruction, lanes: Lanes) -> None:
 
 
 def fused(machine: Machine, one: Instruction, lanes: Lanes) -> None:
-    if type_of(one) is not np.float32:
-        raise NotImplementedError(one.text)
-    values = (machine.get(operand, np.float32, lanes) for operand in one.operands[1:])
-    machine.set(one.operands[0], fma(*values), lanes)
+    type_ = type_of(one)
+    values = (machine.get(operand, type_, lanes) for operand in one.operands[1:])
+    machine.set(one.operands[0], {np.float32: fma, np.float64: fma_double}[type_](*values), lanes)
 
 
 COMPARE: dict[str, Callable[[Array, Array], Array]] = {

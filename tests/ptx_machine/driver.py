@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -16,15 +14,8 @@ from triton.runtime.driver import driver
 
 from mtedit_fast import kernels
 from mtedit_fast.kernels import seeded_noise
-from ptx_machine.instructions import EXECUTE
-from ptx_machine.machine import Machine, storage
-from ptx_machine.memory import GlobalMemory
+from ptx_machine.launch import launch
 from ptx_machine.program import parse
-
-LANES = 8192
-"""Threads that run at once, about."""
-launches: dict[str, int] = {}
-"""Of each kernel."""
 
 
 class Driver:
@@ -79,28 +70,3 @@ def _init_handles(self: Any) -> None:
         launch(program, (x, y, z), given, threads=32 * self.metadata.num_warps, shared=self.metadata.shared)
 
     self._run = run
-
-
-def launch(program: Any, grid: tuple[int, int, int], given: list[Any], *, threads: int, shared: int) -> None:
-    """given: tensors and numbers in the order of the program's parameters; those at its end may be left out."""
-    launches[program.name] = launches.get(program.name, 0) + 1
-    arguments, buffers = {}, []
-    for (name, type_), value in zip(program.parameters.items(), [*given, 0, 0][: len(program.parameters)], strict=True):
-        if isinstance(value, torch.Tensor):
-            buffers.append((value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()))
-            value = value.data_ptr()
-        if type_.startswith("f"):
-            arguments[name] = np.array(value, f"f{int(type_[1:]) // 8}")
-        else:
-            bits = np.dtype(storage(type_)).itemsize * 8
-            arguments[name] = np.array(int(value) % (1 << bits), storage(type_))
-    memory = GlobalMemory(buffers)
-    total, at_once = grid[0] * grid[1] * grid[2], max(LANES // threads, 1)
-    starts = list(range(0, total, at_once))
-    if os.environ.get("PTX_MACHINE_ORDER") == "reversed":
-        starts.reverse()
-    for first in starts:
-        blocks = min(at_once, total - first)
-        Machine(program, arguments, memory, threads=threads, grid=grid, first=first, blocks=blocks, shared=shared).run(
-            EXECUTE
-        )

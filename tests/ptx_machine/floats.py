@@ -43,6 +43,22 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return odd.astype(np.float32)
 
 
+def fma_double(a: Array, b: Array, c: Array) -> Array:
+    """a·b + c in fp64, the product's error added (Dekker, 1971): half a unit in the last place, or hardly more."""
+
+    def split(value: Array) -> tuple[Array, Array]:
+        high = value * 134217729.0
+        high = high - (high - value)
+        return high, value - high
+
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    total = product + c
+    rest = total - product
+    return total + np.where(np.isfinite(error), (product - (total - rest)) + (c - rest) + error, 0)
+
+
 def approximate(function: Callable[..., Any], error: float) -> Callable[[Array], Array]:
     """An instruction that is not exact: off by up to `error` of the result, the same for the same number."""
 

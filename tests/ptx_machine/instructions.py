@@ -103,20 +103,23 @@ def atomic(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     machine.set(one.operands[0], old, lanes)
 
 
+def _space(one: Instruction) -> str:
+    """Addresses of no space are global: none is made of shared memory's."""
+    return "global" if one.op[1] in (*TYPES, "v2", "v4") else one.op[1].split("::")[0]
+
+
 def load(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     type_ = TYPES[one.op[-1]]
-    space = one.op[1].split("::")[0]
-    if space == "param":
-        value = machine.arguments[one.operands[1].strip("[] ")]
-        bits = np.frombuffer(value.tobytes()[: np.dtype(type_).itemsize], type_)
-        machine.set(one.operands[0], np.repeat(bits, len(lanes)), lanes)
-        return
     targets = names(one.operands[0])
     size = np.dtype(type_).itemsize
+    space = _space(one)
     if space == "global":
         data = machine.memory.read(machine.address(one.operands[1], np.uint64, lanes), size * len(targets))
     elif space == "shared":
         data = machine.shared.read(lanes, machine.address(one.operands[1], np.uint32, lanes), size * len(targets))
+    elif space == "param":
+        at = machine.address(one.operands[1], np.uint64, lanes).astype(np.intp)
+        data = machine.arguments[at[:, None] + np.arange(size * len(targets))]
     else:
         raise NotImplementedError(one.text)
     for i, target in enumerate(targets):
@@ -125,7 +128,7 @@ def load(machine: Machine, one: Instruction, lanes: Lanes) -> None:
 
 def store(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     type_ = TYPES[one.op[-1]]
-    space = one.op[1].split("::")[0]
+    space = _space(one)
     values = [machine.get(name, type_, lanes) for name in names(one.operands[1])]
     data = np.stack(values, axis=1).view(np.uint8)
     if space == "global":
@@ -166,6 +169,7 @@ EXECUTE: dict[str, Handler] = {
     "bfe": field,
     "cp": copy,
     "cvt": convert,
+    "cvta": move,
     "div": elementwise(divide),
     "ex2": elementwise(approximate(np.exp2, 2.0**-22)),
     "fence": nothing,
@@ -184,7 +188,7 @@ EXECUTE: dict[str, Handler] = {
     "not": elementwise(lambda a: ~a),
     "or": elementwise(np.bitwise_or),
     "prmt": permute,
-    "rcp": elementwise(lambda a: np.float32(1) / a),
+    "rcp": elementwise(lambda a: 1 / a),
     "redux": reduce_warp,
     "rem": elementwise(lambda a, b: a - b * divide(a, b)),
     "rsqrt": elementwise(approximate(lambda a: 1 / np.sqrt(a), 2.0**-22.9)),

@@ -77,7 +77,7 @@ class Machine:
     def __init__(
         self,
         program: Program,
-        arguments: dict[str, Array],
+        arguments: bytes,
         memory: GlobalMemory,
         *,
         threads: int,
@@ -86,7 +86,8 @@ class Machine:
         blocks: int,
         shared: int,
     ):
-        self.program, self.arguments, self.memory = program, arguments, memory
+        self.program, self.memory = program, memory
+        self.arguments = np.frombuffer(arguments, np.uint8)
         self.threads, self.grid, self.first = threads, grid, first
         self.count = blocks * threads
         self.shared = SharedMemory(blocks, program.static_shared + shared, threads)
@@ -134,6 +135,8 @@ class Machine:
     def constant(self, text: str, type_: type) -> Any:
         if text in self.program.shared:
             return type_(self.program.shared[text])
+        if text in self.program.parameters:
+            return type_(self.program.parameters[text][0])
         if text.startswith(("0f", "0F")):
             return np.array(int(text[2:], 16), np.uint32).view(np.float32)[()]
         if text.startswith(("0d", "0D")):

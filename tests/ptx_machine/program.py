@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 COMMENT = re.compile(r"//[^\n]*")
 DIRECTIVE = re.compile(r"\.(?:loc|file|section|pragma|branchtargets)\b[^\n;]*;?")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%[\w$]+)")
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s[^,]*?([\w$]+)(?:\[(\d+)\])?\s*(?:,|$)")
 SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$.]+)\[(\d*)\]")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+(?:\s*\|\s*[^,\s]+)?")
 
@@ -27,9 +28,9 @@ class Instruction:
 class Program:
     name: str
     threads: int
-    parameters: dict[str, str] = field(default_factory=dict)  # name: type, in order
+    parameters: dict[str, tuple[int, str]] = field(default_factory=dict)  # name: offset and type, in order
     registers: dict[str, str] = field(default_factory=dict)  # prefix or name: type
-    shared: dict[str, int] = field(default_factory=dict)  # name: offset; what is not here is the launch's, at the end
+    shared: dict[str, int] = field(default_factory=dict)  # name: offset; the launch's own is at the end
     static_shared: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -48,10 +49,14 @@ def parse(code: str, entry: str = "") -> Program:
     (kernel,) = named
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", kernel[3])
     program = Program(kernel[1], int(threads[1]) if threads else 0)
-    for type_, name in re.findall(r"\.param\s+\.(\w+)\s[^,]*?([\w$]+)\s*(?:,|$)", kernel[2].strip()):
-        program.parameters[name] = type_
+    offset = 0
+    for align, type_, name, count in PARAMETER.findall(kernel[2]):
+        size = int(count) if count else int(type_[1:]) // 8
+        offset += -offset % int(align if count else size)
+        program.parameters[name] = (offset, f"bytes {size}" if count else type_)
+        offset += size
     body = _body(code[kernel.end() :])
-    for align, name, size in SHARED.findall(code[: kernel.start()] + body):
+    for align, name, size in SHARED.findall(code[: kernels[0].start()] + body):
         program.static_shared += -program.static_shared % int(align)
         program.shared[name] = program.static_shared
         program.static_shared += int(size or 0)
