@@ -1,6 +1,13 @@
 """Tests of kernels as they are compiled for a GPU, without one: `python tests/ptx_machine 90 tests/test_sde_step.py`.
 
-What follows the compute capability is pytest's.
+80 or 90 is the compute capability, what follows is pytest's. Triton launches, with CPU tensors, what it would launch on
+a GPU, and `crop_resize`'s CUDA kernel takes the place of the C++ one (tests named "cpp"; it takes nvcc). A kernel's PTX
+runs instruction by instruction, products of tensor cores and asynchronous copies included. Approximate instructions are
+off by as much as they may be; what arrives asynchronously does so as late as it may; addresses outside of a tensor or
+not aligned, shared memory that warps share without a barrier, and shuffles of parts of a warp are errors.
+
+It shows what a compiled kernel computes, not how long it takes, nor what ptxas makes of it. Warps run in step, so that
+races of global memory do not show. Tensor cores of sm_100 are missing.
 """
 
 import os
@@ -24,4 +31,6 @@ def main(arch: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("80", "90"):
+        sys.exit(__doc__)
     sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
