@@ -22,6 +22,7 @@ SOME = {
     "test_sde_step_triton.py": "fast_square_roots",
     "test_nft_loss.py": "value_and_gradient_against_fp64 or depend_on_the_batch",
     "test_crd_loss.py": "against_fp64 or depend_on_the_batch",
+    "test_beyond_int32.py": "test",
     "test_crop_resize.py": "cpp and (dtypes_and_normalisation or different_sizes or four_channels)",
     "test_production_widths.py": "bfloat16 and (attention or 768 or 896)",
 }
