@@ -94,6 +94,21 @@ def test_threads_of_two_warps_need_a_barrier_and_those_of_one_do_not() -> None:
         run(again, torch.zeros_like(threads))
 
 
+ARRIVE = """
+st.global.b32 [%rd1+512], %r1; {}
+setp.eq.s32 %p1, %r1, 0; @%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd0], 1; {}
+ld.global.cg.b32 %r4, [%rd1+512]; st.global.b32 [%rd1+512], %r4;
+"""
+
+
+def test_what_is_released_and_acquired_takes_barriers() -> None:
+    out = torch.zeros(256, dtype=torch.int32)
+    assert run(ARRIVE.format("bar.sync 0;", "bar.sync 0;"), out)[0] == 1
+    for barriers, message in ((("", "bar.sync 0;"), "releases"), (("bar.sync 0;", ""), "acquired")):
+        with pytest.raises(BadAccess, match=message):
+            run(ARRIVE.format(*barriers), out)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -90,8 +90,9 @@ def reduce_warp(machine: Machine, one: Instruction, lanes: Lanes) -> None:
 
 def atomic(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     """One lane after the other, the last block first: no order may be relied on."""
-    if one.op[1] != "global" or "add" not in one.op:
+    if one.op[1] != "global" or not {"acq_rel", "add"} <= set(one.op):
         raise NotImplementedError(one.text)
+    machine.releases.atomic(lanes)
     type_ = TYPES[one.op[-1]]
     address = machine.address(one.operands[1], np.uint64, lanes)
     value = machine.get(one.operands[2], type_, lanes)
@@ -114,6 +115,8 @@ def load(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     size = np.dtype(type_).itemsize
     space = _space(one)
     if space == "global":
+        if "cg" in one.op:  # past the cache of a multiprocessor, as what other blocks have stored has to be
+            machine.releases.load(lanes)
         data = machine.memory.read(machine.address(one.operands[1], np.uint64, lanes), size * len(targets))
     elif space == "shared":
         data = machine.shared.read(lanes, machine.address(one.operands[1], np.uint32, lanes), size * len(targets))
@@ -132,6 +135,7 @@ def store(machine: Machine, one: Instruction, lanes: Lanes) -> None:
     values = [machine.get(name, type_, lanes) for name in names(one.operands[1])]
     data = np.stack(values, axis=1).view(np.uint8)
     if space == "global":
+        machine.releases.store(lanes)
         machine.memory.write(machine.address(one.operands[0], np.uint64, lanes), data)
     elif space == "shared":
         machine.shared.write(lanes, machine.address(one.operands[0], np.uint32, lanes), data)

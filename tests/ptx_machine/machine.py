@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_machine.memory import Array, GlobalMemory, Lanes, SharedMemory
+from ptx_machine.memory import Array, GlobalMemory, Lanes, Releases, SharedMemory
 from ptx_machine.program import Instruction, Program
 
 Value = Any  # a register's name or a number
@@ -91,6 +91,7 @@ class Machine:
         self.threads, self.grid, self.first = threads, grid, first
         self.count = blocks * threads
         self.shared = SharedMemory(blocks, program.static_shared + shared, threads)
+        self.releases = Releases(self.shared)
         self.registers: dict[str, Array] = {}
         self.every = np.arange(self.count)
         self.at = np.zeros(self.count, np.int32)

@@ -120,3 +120,35 @@ class SharedMemory:
         warps[cells] = np.where(eras[cells] == era, warps[cells], 0)
         eras[cells] = era
         np.bitwise_or.at(warps, cells, warp)
+
+
+class Releases:
+    """Stores that a block hands to another one by an atomic: which warp last stored, and which last acquired, by era.
+
+    An atomic that releases stands for its own warp's stores, and for other warps' before a barrier; what another block
+    has stored may be loaded by a warp that has acquired, and by others past a barrier.
+    """
+
+    def __init__(self, shared: SharedMemory):
+        self.shared, self.each = shared, shared.threads // 32
+        warps = len(shared.era) * self.each
+        self.stored, self.acquired = np.full(warps, -1, np.int32), np.full(warps, -1, np.int32)
+
+    def store(self, lanes: Lanes) -> None:
+        warps = np.unique(lanes // 32)
+        self.stored[warps] = self.shared.era[warps // self.each]
+
+    def atomic(self, lanes: Lanes) -> None:
+        warps = np.unique(lanes // 32)
+        if self._by_others(warps, self.stored):
+            raise BadAccess("an atomic releases what another warp stored, with no barrier between the two")
+        self.acquired[warps] = self.shared.era[warps // self.each]
+
+    def load(self, lanes: Lanes) -> None:
+        if self._by_others(np.unique(lanes // 32), self.acquired):
+            raise BadAccess("another block's stores are loaded that another warp acquired, with no barrier since")
+
+    def _by_others(self, warps: Lanes, eras: NDArray[np.int32]) -> bool:
+        """Whether for one of the warps that of another in its block is the era that is."""
+        now = (eras.reshape(-1, self.each) == self.shared.era[:, None]).astype(int)
+        return bool((now.sum(axis=1)[warps // self.each] > now.ravel()[warps]).any())
