@@ -6,8 +6,8 @@ runs instruction by instruction, products of tensor cores and asynchronous copie
 off by as much as they may be; what arrives asynchronously does so as late as it may; addresses outside of a tensor or
 not aligned, shared memory that warps share without a barrier, and shuffles of parts of a warp are errors.
 
-It shows what a compiled kernel computes, not how long it takes, nor what ptxas makes of it. Warps run in step, so that of
-races in global memory only those show that a barrier is missing for beside an atomic. Tensor cores of sm_100 are missing.
+It shows what a compiled kernel computes, not how long it takes, nor what ptxas makes of it. Warps run in step: of races
+in global memory only those show for which a barrier is missing beside an atomic. Tensor cores of sm_100 are missing.
 """
 
 import os

@@ -16,7 +16,6 @@ import numpy as np
 from ptx_machine.memory import Array, GlobalMemory, Lanes, Releases, SharedMemory
 from ptx_machine.program import Instruction, Program
 
-Value = Any  # a register's name or a number
 WIDTHS = {"pred": bool, "8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
 
 
@@ -88,7 +87,7 @@ class Machine:
     ):
         self.program, self.memory = program, memory
         self.arguments = np.frombuffer(arguments, np.uint8)
-        self.threads, self.grid, self.first = threads, grid, first
+        self.threads, self.grid = threads, grid
         self.count = blocks * threads
         self.shared = SharedMemory(blocks, program.static_shared + shared, threads)
         self.releases = Releases(self.shared)
@@ -98,7 +97,6 @@ class Machine:
         self.done = np.zeros(self.count, bool)
         self.waiting = np.zeros(self.count, bool)
         self.copies, self.products = Queue(self.count), Queue(self.count)
-        self.executed = 0
         block = first + self.every // threads
         self.special = {
             "%tid.x": self.every % threads,
@@ -120,7 +118,7 @@ class Machine:
             self.registers[name] = np.zeros(self.count, storage(self.program.type_of(name)))
         return self.registers[name]
 
-    def get(self, operand: Value, type_: type, lanes: Lanes) -> Array:
+    def get(self, operand: str, type_: type, lanes: Lanes) -> Array:
         """[lanes] of a numpy type."""
         if operand[0] == "%":
             if operand in self.special:
@@ -171,7 +169,7 @@ class Machine:
     def run(self, execute: dict[str, Callable[[Machine, Instruction, Lanes], None]]) -> None:
         instructions = self.program.instructions
         handlers = [execute[one.op[0]] for one in instructions]
-        joins = {at for at in self.program.labels.values()}
+        joins = set(self.program.labels.values())
         with np.errstate(all="ignore"):
             while not self.done.all():
                 ready = ~(self.done | self.waiting)
@@ -184,7 +182,6 @@ class Machine:
                     active = lanes
                     if one.guard:
                         active = lanes[self.register(one.guard)[lanes] != one.negated]
-                    self.executed += 1
                     at += 1
                     if one.op[0] in CONTROL:
                         self.at[lanes] = at
