@@ -19,7 +19,7 @@ import pytest
 
 def main(arch: int, arguments: list[str]) -> int:
     os.environ["TRITON_INTERPRET"] = "0"
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose names others have, too
     from ptx_machine import cuda, driver
     from ptx_machine.launch import launches
 

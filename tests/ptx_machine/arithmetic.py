@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx_machine.floats import BFLOAT16, fma, fma_double, from_bfloat16, to_bfloat16
+from ptx_machine.floats import BFLOAT16, approximate, fma, fma_double, from_bfloat16, to_bfloat16
 from ptx_machine.machine import Machine
 from ptx_machine.memory import Array, Lanes
 from ptx_machine.program import Instruction
@@ -20,7 +20,8 @@ TYPES: dict[str, Any] = {
     **{f"f{n}": np.dtype(f"f{n // 8}").type for n in (16, 32, 64)},
     "pred": bool,
 }
-KNOWN = {"rn", "approx", "ftz", "full", "lo", "wide", "hi", "sat", "to", "uni"}
+APPROXIMATE = {"approx", "full"}
+KNOWN = {"rn", "ftz", "lo", "wide", "hi", *APPROXIMATE}
 
 
 def type_of(one: Instruction) -> Any:
@@ -31,11 +32,17 @@ def type_of(one: Instruction) -> Any:
     return TYPES[one.op[-1]]
 
 
-def elementwise(function: Callable[..., Array]) -> Handler:
+def elementwise(function: Callable[..., Array], error: float = 2.0**-22) -> Handler:
+    """`error`: of the approximate form, relative; two units in the last place at most."""
+
     def handler(machine: Machine, one: Instruction, lanes: Lanes) -> None:
         type_ = type_of(one)
         values = [machine.get(operand, type_, lanes) for operand in one.operands[1:]]
-        out = function(*values)
+        if APPROXIMATE & set(one.op):
+            exact = function(*(value.astype(np.float64) for value in values))
+            out = approximate(exact, values[0], error)
+        else:
+            out = function(*values)
         if "ftz" in one.op and out.dtype == np.float32:
             out = np.where(np.abs(out) < np.float32(2.0**-126), np.copysign(np.float32(0), out), out)
         machine.set(one.operands[0], out, lanes)
@@ -158,8 +165,8 @@ def convert(machine: Machine, one: Instruction, lanes: Lanes) -> None:
         narrow = to_bfloat16 if target == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
         machine.set(one.operands[0], np.stack([narrow(low), narrow(high)], axis=1).view(np.uint32)[:, 0], lanes)
         return
-    unknown = set(one.op[1:-2]) - {"rn", "rzi", "rni", "rmi", "rpi", "ftz", "sat"}
-    if unknown or "sat" in one.op:
+    unknown = set(one.op[1:-2]) - {"rn", "rzi", "rni", "rmi", "rpi", "ftz"}
+    if unknown:
         raise NotImplementedError(one.text)
     value = machine.get(one.operands[1], BFLOAT16 if source == "bf16" else TYPES[source], lanes)
     if source == "bf16":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from ptx_machine.memory import Array
@@ -59,13 +56,8 @@ def fma_double(a: Array, b: Array, c: Array) -> Array:
     return total + np.where(np.isfinite(error), (product - (total - rest)) + (c - rest) + error, 0)
 
 
-def approximate(function: Callable[..., Any], error: float) -> Callable[[Array], Array]:
-    """An instruction that is not exact: off by up to `error` of the result, the same for the same number."""
-
-    def approximated(value: Array) -> Array:
-        exact = function(value.astype(np.float64))
-        bits = np.ascontiguousarray(value).view(np.uint32) * np.uint32(2654435761)  # a hash (Knuth)
-        off = np.where(np.abs(exact) == 1, 0, bits.astype(np.float64) * 2.0**-31 - 1)
-        return (exact * (1 + off * error)).astype(np.float32)
-
-    return approximated
+def approximate(exact: Array, of: Array, error: float) -> Array:
+    """fp32 that is off by up to `error` of the exact result in fp64, and the same for the same number `of`."""
+    bits = np.ascontiguousarray(of).view(np.uint32) * np.uint32(2654435761)  # a hash (Knuth)
+    off = np.where(np.abs(exact) == 1, 0, bits.astype(np.float64) * 2.0**-31 - 1)
+    return (exact * (1 + off * error)).astype(np.float32)

@@ -70,9 +70,8 @@ def _rows_a(fragment: Array) -> Array:
     out = np.zeros((len(fragment), 16, 8 * wide))
     for register in range(4):
         for i in range(wide):
-            out[:, GROUP + 8 * (register % 2), THREAD * wide + i + 4 * wide * (register // 2)] = fragment[
-                :, :, register, i
-            ]
+            column = THREAD * wide + i + 4 * wide * (register // 2)
+            out[:, GROUP + 8 * (register % 2), column] = fragment[:, :, register, i]
     return out
 
 
@@ -132,7 +131,6 @@ def _product(machine: Machine, one: Instruction, lanes: Lanes) -> Callable[[Lane
     from_registers = a[0] == "{"
     trans_b = bool(transposed) and transposed[-1]
     trans_a = not from_registers and bool(transposed) and transposed[0]
-
     words = {operand: machine.get(operand, np.uint64, lanes) for operand in (a, b) if operand[0] == "%"}
 
     def deliver(at: Lanes) -> None:
