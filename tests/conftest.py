@@ -4,11 +4,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from op_backends import BACKENDS
+from op_backends import BACKENDS, COMPILED
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions are held to fp32's rounding
+
+
+def pytest_configure() -> None:
+    import triton  # after op_backends has chosen its interpreter
+
+    interpreter = tuple(map(int, triton.__version__.split(".")[:2]))
+    if not COMPILED and interpreter < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        raise pytest.UsageError(
+            f"NumPy {np.__version__}: without a GPU kernels are run by the interpreter of Triton {triton.__version__}, "
+            "which takes NumPy below 2.4; pip install 'numpy<2.4'"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)

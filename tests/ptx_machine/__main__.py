@@ -1,10 +1,11 @@
 """Tests of kernels as they are compiled for a GPU, without one: `python tests/ptx_machine 90 tests/test_sde_step.py`.
 
 80 or 90 is the compute capability, what follows is pytest's. Triton launches, with CPU tensors, what it would launch on
-a GPU, and `crop_resize`'s CUDA kernel takes the place of the C++ one (tests named "cpp"; it takes nvcc). A kernel's PTX
-runs instruction by instruction, products of tensor cores and asynchronous copies included. Approximate instructions are
-off by as much as they may be; what arrives asynchronously does so as late as it may; addresses outside of a tensor or
-not aligned, shared memory that warps share without a barrier, and shuffles of parts of a warp are errors.
+a GPU, and `crop_resize`'s CUDA kernel, launched by its own host code, takes the place of the C++ one (tests named
+"cpp"; it takes nvcc). A kernel's PTX runs instruction by instruction, products of tensor cores and asynchronous copies
+included. Approximate instructions are off by as much as they may be; what arrives asynchronously does so as late as it
+may; addresses outside of a tensor or not aligned, shared memory that warps share without a barrier, and shuffles of
+parts of a warp are errors.
 
 It shows what a compiled kernel computes, not how long it takes, nor what ptxas makes of it. Warps run in step: of races
 in global memory only those show for which a barrier is missing beside an atomic. Tensor cores of sm_100 are missing.

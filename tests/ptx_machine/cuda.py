@@ -1,110 +1,150 @@
-"""The CUDA kernels, in place of the C++ ones: ops that would run these on the CPU run those on the machine."""
+"""csrc's CUDA kernels in place of the C++ ones, launched by their own host code: ops that would run these on the CPU
+run those on the machine."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import math
 import shutil
 import subprocess
+import sysconfig
 import tempfile
-from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pybind11
 
 from mtedit_fast.ops import _cpp
 from ptx_machine.launch import run
 from ptx_machine.program import Program, parse
 
 SOURCES = Path(__file__).parents[2] / "csrc"
-THREADS, COLUMNS, ROWS, MAX_CHANNELS = 256, 64, 16, 4  # of crop_resize.cu
-PIXELS = {0: ("f", 4), 1: ("13__nv_bfloat16", 2), 2: ("6__half", 2), 3: ("h", 1)}  # mangled, and bytes of one
-OUTPUTS = {0: 4, 1: 2, 2: 2}
+MULTIPROCESSORS = 1  # so that loops over what a grid leaves go round
+IMAGE = 48  # bytes of an image's description, which begins with its address
+FAILED = 719  # cudaErrorLaunchFailure
+LAUNCH = CFUNCTYPE(c_int, c_char_p, POINTER(c_uint), POINTER(c_uint), c_size_t, POINTER(c_void_p))
+Buffers = list[tuple[int, int]]
 
 
-class Image(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("data", "height", "width", "row_stride", "pixel_stride", "channel_stride")]
+class Extension:
+    """csrc as setup.py builds it, but for CUDA's runtime: that is runtime.cpp, which launches on the machine."""
+
+    def __init__(self, arch: int):
+        """Compiles some seconds. FileNotFoundError without nvcc."""
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise FileNotFoundError("nvcc: expected on PATH, to compile CUDA kernels; install the CUDA toolkit")
+        with tempfile.TemporaryDirectory() as folder:
+            self.module, library = _host_code(nvcc, arch, Path(folder))
+            code = [_ptx(nvcc, arch, source, Path(folder)) for source in sorted(SOURCES.glob("*.cu"))]
+        self.programs = {name: parse(text, name) for text in code for name in _kernels(text)}
+        self.buffers: Buffers = []
+        self.error: BaseException | None = None
+        self.callback = LAUNCH(self._launch)  # which has to outlive the library's use of it
+        library.ptx_machine_connect(self.callback, MULTIPROCESSORS)
+
+    def call(self, function: str, buffers: Buffers, *arguments: Any) -> None:
+        """One of the module's; `buffers`: what its kernels may touch, address and bytes."""
+        self.buffers, self.error = buffers, None
+        try:
+            getattr(self.module, function)(*arguments)
+        except RuntimeError:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def _launch(self, name: bytes, grid: Any, block: Any, shared: int, given: Any) -> int:
+        try:
+            program = self.programs[name.decode()]
+            threads = math.prod(block[:3])
+            if threads > program.threads:
+                raise RuntimeError(f"{program.name} takes at most {program.threads} threads a block, got {threads}")
+            arguments = b""
+            for i, (offset, size) in enumerate(_places(program)):
+                arguments = arguments.ljust(offset, b"\0") + ctypes.string_at(given[i], size)
+            run(program, tuple(grid[:3]), arguments, self.buffers, threads=threads, shared=shared)
+        except BaseException as error:  # which would not get through the host code
+            self.error = error
+            return FAILED
+        return 0
 
 
-class Images(ctypes.Structure):
-    _fields_ = [("first", Image), ("image_stride", c_int64), ("count", c_int64), ("table", c_void_p)]
+def _host_code(nvcc: str, arch: int, folder: Path) -> tuple[ModuleType, ctypes.CDLL]:
+    path = folder / "_C.so"
+    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    options = ["-O1", "-std=c++17", "-shared", "-cudart=none", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    options += [f"-gencode=arch=compute_{arch},code=compute_{arch}", f'-DMTEDIT_CUDA_ARCHS="sm_{arch}"']
+    sources = [*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu"), Path(__file__).with_name("runtime.cpp")]
+    _run([nvcc, *options, *includes, *sources, "-o", path])
+    spec = importlib.util.spec_from_file_location(f"ptx_machine_{arch}._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ctypes.CDLL(str(path))
 
 
-class CropResize(ctypes.Structure):
-    """csrc/crop_resize.h"""
+def _ptx(nvcc: str, arch: int, source: Path, folder: Path) -> str:
+    path = folder / "kernels.ptx"
+    _run([nvcc, "-O3", "-std=c++17", f"-arch=compute_{arch}", "-ptx", source, "-o", path])
+    return path.read_text()
 
-    _fields_ = [
-        ("images", Images),
-        ("channels", c_int),
-        ("pixel", c_int),
-        ("boxes", c_void_p),
-        ("index", c_void_p),
-        ("crops", c_int64),
-        ("height", c_int64),
-        ("width", c_int64),
-        ("cubic", c_bool),
-        ("gain", c_float * MAX_CHANNELS),
-        ("bias", c_float * MAX_CHANNELS),
-        ("out", c_void_p),
-        ("out_dtype", c_int32),
+
+def _run(command: list[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+def _kernels(code: str) -> list[str]:
+    return [line.split()[-1].rstrip("(") for line in code.splitlines() if ".entry" in line]
+
+
+def _places(program: Program) -> list[tuple[int, int]]:
+    """Offset and bytes of each parameter."""
+    return [
+        (offset, int(type_.split()[1]) if type_.startswith("bytes") else int(type_[1:]) // 8)
+        for offset, type_ in program.parameters.values()
     ]
 
 
-def compile_cuda(source: str, arch: int) -> str:
-    """PTX of a file in csrc. FileNotFoundError without nvcc."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc: expected on PATH, to compile CUDA kernels; install the CUDA toolkit")
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernels.ptx"
-        command = [nvcc, "-O3", "-std=c++17", f"-arch=compute_{arch}", "-ptx", SOURCES / source, "-o", ptx]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        return ptx.read_text()
+extension = cache(Extension)
+"""For 80 or 90."""
 
 
-def kernels_of(code: str) -> dict[str, Program]:
-    return {
-        name: parse(code, name)
-        for name in (line.split()[-1].rstrip("(") for line in code.splitlines() if ".entry" in line)
-    }
+def device_copy(arch: int, out: np.ndarray, source: np.ndarray) -> None:
+    buffers = [(array.ctypes.data, array.nbytes) for array in (out, source)]
+    extension(arch).call("device_copy", buffers, buffers[0][0], *buffers[1], 0, 0)
 
 
 def install(arch: int) -> None:
     """For the rest of this process; nvcc is called when a kernel is."""
-    programs: dict[str, Program] = {}
 
     def crop_resize(
-        images: tuple[int, ...],
-        pixel: int,
-        boxes: int,
-        index: int,
-        shape: tuple[int, ...],
-        cubic: bool,
-        gain: list[float],
-        bias: list[float],
-        out: tuple[int, int],
-        threads: int,
+        images: tuple[int, ...], pixel: int, boxes: int, index: int, shape: tuple[int, ...], *others: Any
     ) -> None:
-        if not programs:
-            programs.update(kernels_of(compile_cuda("crop_resize.cu", arch)))
-        mangled, size = PIXELS[pixel]
-        (program,) = (program for name, program in programs.items() if f"crop_tileI{mangled}E" in name)
-        crops, channels, height, width = shape
-        *first, stride, count, table = images
-        padded = [[*values, *[0.0] * (MAX_CHANNELS - channels)] for values in (gain, bias)]
-        described = Images(Image(*first), stride, count, table)
-        arrays = [(c_float * MAX_CHANNELS)(*values) for values in padded]
-        sizes = (boxes, index, crops, height, width, cubic)
-        argument = CropResize(described, channels, pixel, *sizes, *arrays, *out)
-        each = (
-            [Image.from_address(table + i * ctypes.sizeof(Image)) for i in range(count)] if table else [Image(*first)]
-        )
-        buffers = [(boxes, crops * 32), (index, crops * 8), (table, count * ctypes.sizeof(Image) if table else 0)]
-        buffers.append((out[0], crops * channels * height * width * OUTPUTS[out[1]]))
-        for image in each:
-            reach = (image.height - 1) * image.row_stride + (image.width - 1) * image.pixel_stride
-            reach += (channels - 1) * image.channel_stride + (0 if table else (count - 1) * stride)
-            buffers.append((image.data, (reach + 1) * size))
-        tiles = crops * -(-width // COLUMNS) * -(-height // ROWS)
-        if tiles:
-            run(program, (tiles, 1, 1), bytes(argument), buffers, threads=THREADS)
+        *options, out, _ = others  # the last: threads of the CPU
+        data, *sizes, stride, count, table = images
+        buffers = [(boxes, shape[0] * 32), (index, shape[0] * 8), (out[0], math.prod(shape) * _itemsize(out[1]))]
+        if table:
+            buffers.append((table, count * IMAGE))
+            described = np.frombuffer(ctypes.string_at(table, count * IMAGE), np.int64).reshape(count, -1).tolist()
+        else:
+            described = [[data, *sizes]]
+        for address, height, width, row, column, channel in described:
+            last = (height - 1) * row + (width - 1) * column + (shape[1] - 1) * channel
+            last += 0 if table else (count - 1) * stride
+            buffers.append((address, (last + 1) * _itemsize(pixel)))
+        extension(arch).call("crop_resize_cuda", buffers, images, pixel, boxes, index, shape, *options, out, 0, 0)
 
     if _cpp._C is not None:
         _cpp._C.crop_resize = crop_resize
+
+
+def _itemsize(code: int) -> int:
+    return {code: dtype.itemsize for dtype, code in _cpp._PIXEL_CODES.items()}[code]
