@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from pathlib import Path
@@ -122,11 +123,11 @@ def device_copy(arch: int, out: np.ndarray, source: np.ndarray) -> None:
     extension(arch).call("device_copy", buffers, buffers[0][0], *buffers[1], 0, 0)
 
 
-def install(arch: int) -> None:
-    """For the rest of this process; nvcc is called when a kernel is."""
+def crop_resize(arch: int) -> Callable[..., None]:
+    """In place of the extension's, whose arguments it takes; nvcc is called when it is."""
 
-    def crop_resize(
-        images: tuple[int, ...], pixel: int, boxes: int, index: int, shape: tuple[int, ...], *others: Any
+    def run_on_machine(
+        images: Sequence[int], pixel: int, boxes: int, index: int, shape: Sequence[int], *others: Any
     ) -> None:
         *options, out, _ = others  # the last: threads of the CPU
         data, *sizes, stride, count, table = images
@@ -142,8 +143,13 @@ def install(arch: int) -> None:
             buffers.append((address, (last + 1) * _itemsize(pixel)))
         extension(arch).call("crop_resize_cuda", buffers, images, pixel, boxes, index, shape, *options, out, 0, 0)
 
+    return run_on_machine
+
+
+def install(arch: int) -> None:
+    """For the rest of this process."""
     if _cpp._C is not None:
-        _cpp._C.crop_resize = crop_resize
+        _cpp._C.crop_resize = crop_resize(arch)
 
 
 def _itemsize(code: int) -> int:
