@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import crd_loss, nft_loss
-from mtedit_fast.ops._velocity_loss import choose, reference_backward
+from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._velocity_loss import reference_backward
 from mtedit_fast.ops.crd_loss import reference_forward as crd_reference
 from mtedit_fast.ops.nft_loss import reference_forward as nft_reference
 
@@ -236,7 +237,7 @@ BENCH = op_bench.OpBench(
     VARIANTS,
     SHAPES,
     small=(8, 4096, 64),
-    backend=lambda case: choose("auto", case.device, ()),
+    backend=lambda case: choose_backend("auto", case.device, (case.dtype,)),
     op=lambda case: "crd_loss" if case.variant == "crd" else "nft_loss",
 )
 

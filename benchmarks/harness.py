@@ -53,6 +53,20 @@ def summary(values: Sequence[float]) -> Timing:
     return Timing(cuts[4], cuts[1], cuts[7])
 
 
+@cache
+def keep_freed_memory() -> None:
+    """What this process frees on a CPU stays with it, as it does with a GPU's allocator.
+
+    By its own thresholds glibc hands large blocks back to the kernel, which clears the pages of the next ones; when, is
+    up to all that was allocated before, and a call took one time or two or three times as long, in whole runs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def _microseconds(seconds: Sequence[float]) -> Timing:
     return Timing(*(round(1e6 * each, 3) for each in summary(seconds)))
 
@@ -70,6 +84,7 @@ def measure(
     Peers take turns call by call, so that whatever else the machine does falls on all of them alike. It goes on for
     `min_seconds` per peer, and `samples` times at least: `FEW` times where a call of one of them is long on a GPU.
     """
+    keep_freed_memory()
     for calls in peers.values():
         for call in calls:
             call()

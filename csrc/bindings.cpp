@@ -12,6 +12,7 @@
 #include "crop_resize.h"
 #include "sde_step.h"
 #include "seeded_noise.h"
+#include "velocity_loss.h"
 #ifdef MTEDIT_CUDA_ARCHS
 #include "device_copy.h"
 #endif
@@ -67,6 +68,11 @@ mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, 
     }
   }
   return in;
+}
+
+mtedit::VelocityLoss velocities_of(const PythonArray& theta, const PythonArray& old, const PythonArray& target,
+                                   const PythonArray& reference, std::int64_t batch, std::int64_t numel, int threads) {
+  return {array_of(theta), array_of(old), array_of(target), array_of(reference), batch, numel, threads};
 }
 
 // data_ptr, height, width and row, pixel and channel stride of the first image, the stride between images, their
@@ -135,6 +141,22 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           mtedit::sde_step_backward(in, incoming, pointer<const float>(grad_log_prob), pointer<const float>(grad_mean),
                                     pointer<void>(grad_sample), pointer<void>(grad_velocity));
+        });
+
+  m.def("velocity_moments",
+        [](const PythonArray& theta, const PythonArray& old, const PythonArray& target, const PythonArray& reference,
+           std::int64_t batch, std::int64_t numel, int threads, bool mixed, float beta, Pointer means) {
+          const mtedit::VelocityLoss in = velocities_of(theta, old, target, reference, batch, numel, threads);
+          py::gil_scoped_release release;
+          mtedit::velocity_moments(in, mixed, beta, pointer<float>(means));
+        });
+
+  m.def("velocity_loss_backward",
+        [](const PythonArray& theta, const PythonArray& old, const PythonArray& target, const PythonArray& reference,
+           std::int64_t batch, std::int64_t numel, int threads, Pointer coefficients, Pointer grad) {
+          const mtedit::VelocityLoss in = velocities_of(theta, old, target, reference, batch, numel, threads);
+          py::gil_scoped_release release;
+          mtedit::velocity_loss_backward(in, pointer<const float>(coefficients), pointer<void>(grad));
         });
 
   m.def("seeded_noise", [](Pointer seed, Pointer step, std::int64_t batch, std::int64_t numel, Pointer out, int dtype,

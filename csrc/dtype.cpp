@@ -54,11 +54,19 @@ MTEDIT_VECTORIZE void store_float16(const float* in, int n, std::uint16_t* out) 
   for (int i = 0; i < n; ++i) out[i] = to_float16(in[i]);
 }
 
+// What a thread converts next, as a rule: hardware sees no stream in 2 KiB at a time. (It does in fp32's 4.)
+inline void prefetch(const std::uint16_t* in, int n) {
+#if defined(__GNUC__)
+  for (int i = 0; i < n; i += 32) __builtin_prefetch(in + i, 0, 2);
+#endif
+}
+
 }  // namespace
 
 const float* load(const void* data, DType dtype, std::int64_t offset, int n, float* scratch) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data) + offset;
   const auto* in = static_cast<const std::uint16_t*>(data) + offset;
+  prefetch(in + n, n);
   dtype == DType::kBFloat16 ? load_bfloat16(in, n, scratch) : load_float16(in, n, scratch);
   return scratch;
 }

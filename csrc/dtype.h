@@ -8,6 +8,11 @@ namespace mtedit {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+struct Array {
+  const void* data;  // contiguous [batch, numel]; null where absent
+  DType dtype;
+};
+
 inline std::size_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Reads n elements from `offset` on as fp32: a pointer into the data itself where it is fp32, else into `scratch`.

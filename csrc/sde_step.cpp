@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "row_sums.h"
 #include "seeded_noise.h"
 #include "tile.h"
 #include "vectorize.h"
@@ -24,21 +25,6 @@ MTEDIT_VECTORIZE void affine(float a, const float* x, float b, const float* v, i
 
 MTEDIT_VECTORIZE void add_scaled(const float* mean, float c, const float* noise, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = mean[i] + c * noise[i];
-}
-
-// Short fp32 sums in 32 lanes, joined as a tree: accurate, and in one order for every instruction set.
-MTEDIT_VECTORIZE double squared_distance(const float* p, const float* q, int n) {
-  constexpr int kLanes = 32;
-  float lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += (p[i + j] - q[i + j]) * (p[i + j] - q[i + j]);
-  }
-  for (int j = 0; i + j < n; ++j) lanes[j] += (p[i + j] - q[i + j]) * (p[i + j] - q[i + j]);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
 }
 
 MTEDIT_VECTORIZE void accumulate(const float* in, int n, float* sum) {

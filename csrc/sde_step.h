@@ -6,11 +6,6 @@
 
 namespace mtedit {
 
-struct Array {
-  const void* data;  // contiguous [batch, numel]; null where absent
-  DType dtype;
-};
-
 enum class LogProb : int { kNone = 0, kGaussian = 1, kSquared = 2 };
 
 // One step x' = a x + b v + c noise of every sample. The noise is `noise`, or drawn from `seed` (stream step + 1; 0 is

@@ -17,7 +17,7 @@ void for_each_tile(std::int64_t batch, std::int64_t numel, int threads, const Bo
   const std::int64_t tiles = tiles_of(numel);
   const std::int64_t total = batch * tiles;
   const int team = static_cast<int>(std::min<std::int64_t>(threads, std::max<std::int64_t>(total / 8, 1)));
-#pragma omp parallel for schedule(dynamic, 8) num_threads(team) if (team > 1)
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (std::int64_t t = 0; t < total; ++t) {
     const std::int64_t offset = t % tiles * kTile;
     body(t / tiles, offset, static_cast<int>(std::min<std::int64_t>(kTile, numel - offset)));

@@ -60,6 +60,9 @@ def test_baseline_instructions_give_the_same_bits(tmp_path):
             args = (*inputs((2, 4099), dtype)[:2], TABLE, 0, None, torch.tensor([3, 4]), None, dtype, 1, True)
             found += cpp.sde_step_forward(*args, True)
             found += cpp.sde_step_backward(*args, None, torch.tensor([1.0, -2.0]), None, True)
+            velocities = (*inputs((2, 4099), dtype), inputs((2, 4099), dtype, seed=1)[0])
+            found.append(cpp.velocity_moments(*velocities, mixed=True, beta=0.7))
+            found.append(cpp.velocity_loss_backward(*velocities, inputs((3, 2), torch.float32)[0], torch.tensor(0.3)))
         return found + [crop(*case) for case in CROPS[:4]]
 
     here = results()

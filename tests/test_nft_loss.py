@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from op_backends import DEVICES
+from op_backends import BACKENDS, DEVICES
 from sde_truth import assert_as_good
 from torch import Tensor
-from velocity_truth import LOSS_BACKENDS, gradient, rows, textbook_nft, velocities
+from velocity_truth import gradient, rows, textbook_nft, velocities
 
 from mtedit_fast.ops import advantage_to_reward, nft_loss
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-every_backend = pytest.mark.parametrize("backend", LOSS_BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def assert_gradient_as_good(ours: Tensor, torchs: Tensor, truth: Tensor) -> None:
@@ -162,14 +162,15 @@ def test_batch_invariance(backend: str, numel: int) -> None:
     assert torch.equal(repeated, grad)
 
 
-def test_the_thread_count_changes_nothing() -> None:
+@pytest.mark.parametrize("backend", [name for name, device in DEVICES.items() if device == "cpu" and name != "triton"])
+def test_the_thread_count_changes_nothing(backend: str) -> None:
     v, (t, r, _) = velocities(1, 200_003), rows(1)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(gradient(nft_loss, v.theta, "reference", v.old, v.target, t, r))
+            results.append(gradient(nft_loss, v.theta, backend, v.old, v.target, t, r))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0].loss, results[1][0].loss)

@@ -61,6 +61,6 @@ def test_the_command_measures_each_row_once(tmp_path: Path, capsys: pytest.Captu
     bench.main([*options.split(), "--out", str(out)])
     with out.open(newline="") as file:
         found = [(row["op"], row["variant"], row["backend"]) for row in csv.DictReader(file)]
-    assert found == [("nft_loss", "nft", "reference"), ("crd_loss", "crd", "reference")]
+    assert found == [("nft_loss", "nft", "cpp"), ("crd_loss", "crd", "cpp")]
     bench.main([*options.split(), "--out", str(out)])
     assert "holds all 2 rows of this commit already" in capsys.readouterr().out

@@ -4,10 +4,8 @@ truth, in fp32 what PyTorch makes of it."""
 from typing import NamedTuple
 
 import torch
-from op_backends import BACKENDS, DEVICES
+from op_backends import DEVICES
 from torch import Tensor
-
-LOSS_BACKENDS = [param for param in BACKENDS if "cpp" not in param.values]
 
 
 class Velocities(NamedTuple):

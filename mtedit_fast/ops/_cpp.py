@@ -164,6 +164,39 @@ def seeded_noise(seed: Tensor, numel: int, step: int | Tensor, dtype: torch.dtyp
     return noise
 
 
+def _velocities(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None
+) -> tuple[tuple[int, int] | int, ...]:
+    """The arguments that the losses' two passes share; tensors are contiguous."""
+    batch = v_theta.shape[0]
+    sizes = (batch, v_theta[0].numel() if batch else 0, torch.get_num_threads())
+    return (*map(_array, (v_theta, v_old, v_target, v_ref)), *sizes)
+
+
+def velocity_moments(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *, mixed: bool, beta: float = 0.0
+) -> Tensor:
+    """[5, B] fp32: a sample's mean |p|, p², |m|, m² and (v_θ − v_ref)², 0 where absent.
+
+    With o = v_old − v* and d = v_θ − v_old, p and m are o ± βd where `mixed`, else v_θ − v* and o. Without v_old p is
+    v_θ − v*, and there is no m.
+    """
+    means = torch.empty(5, v_theta.shape[0])
+    _C.velocity_moments(*_velocities(v_theta, v_old, v_target, v_ref), mixed, beta, means.data_ptr())
+    return means
+
+
+def velocity_loss_backward(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, coefficients: Tensor, grad: Tensor
+) -> Tensor:
+    """The gradient to v_theta, in its dtype."""
+    slopes = (coefficients * grad).contiguous()
+    out = torch.empty_like(v_theta)
+    velocities = _velocities(v_theta, v_old, v_target, v_ref)
+    _C.velocity_loss_backward(*velocities, slopes.data_ptr(), out.data_ptr())
+    return out
+
+
 def _readable(batch: Tensor) -> Tensor:
     """[B, C, H, W] whose rows C++ can read: pixels side by side, or their channels. A copy only where they are not."""
     channel, _, pixel = batch.stride()[1:]

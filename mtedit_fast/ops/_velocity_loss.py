@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mtedit_fast.ops._backend import choose_backend
 from mtedit_fast.ops._samples import check_samples, raise_if_not_finite, row_sum
 
 SMALLEST_SIZE = 1e-5
@@ -60,21 +59,17 @@ def check_values(check: bool, unit: dict[str, Tensor], finite: dict[str, Tensor 
         raise_if_not_finite(**{name: tensor for name, tensor in finite.items() if tensor is not None})
 
 
-def choose(requested: str, device: torch.device, tensors: tuple[Tensor | None, ...]) -> str:
-    """The back end: Triton on CUDA, else the reference."""
-    if requested == "cpp":
-        raise ValueError("backend='cpp' is not available: this op has no C++ path; use backend='auto' or 'reference'")
-    chosen = choose_backend(requested, device, tuple(tensor.dtype for tensor in tensors if tensor is not None))
-    return "reference" if chosen == "cpp" else chosen
-
-
 def compute_dtype(*velocities: Tensor | None) -> torch.dtype:
     wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in velocities)
     return torch.float64 if wide else torch.float32
 
 
-def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, D] -> mean |x| and mean x², each [B]. `values` is overwritten. In fixed tiles, as `row_sum`."""
+Moments = tuple[Tensor, Tensor]
+"""Mean |x| and mean x² of each sample, [B]."""
+
+
+def moments(values: Tensor) -> Moments:
+    """Of [B, D]. `values` is overwritten. In fixed tiles, as `row_sum`."""
     count = values.shape[1]
     if count % 1024:
         values = pad(values, (0, -count % 1024))
@@ -114,6 +109,10 @@ def _backward_op(
         from mtedit_fast.kernels import nft_loss as triton
 
         return triton.velocity_loss_backward(v_theta, v_old, v_target, v_ref, coefficients, grad)
+    if backend == "cpp":
+        from mtedit_fast.ops import _cpp
+
+        return _cpp.velocity_loss_backward(v_theta, v_old, v_target, v_ref, coefficients, grad)
     return reference_backward(v_theta, v_old, v_target, v_ref, coefficients, grad)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops._backend import KEEPS_MEMORY
+from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
 from mtedit_fast.ops._samples import row_sum
 
 
@@ -68,7 +68,7 @@ def crd_loss(
         kl_floor: reward-adaptive KL: kl = kl_floor + r·(kl_weight − kl_floor), 1e-4 in the public code. Default: kl is
             kl_weight whatever r.
         check: wait for the device, and raise on r or a velocity that is not finite (not inside torch.compile).
-        backend: "auto", "reference" or "triton". An explicit one never falls back.
+        backend: "auto", "reference", "cpp" or "triton". An explicit one never falls back.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -88,7 +88,8 @@ def crd_loss(
         v_ref = None
     velocities = {"v_theta": v_theta, "v_old": v_old, "v_target": v_target, "v_ref": v_ref}
     shared.check_values(check, {}, velocities | {"r": r[:, None]})
-    chosen = shared.choose(backend, v_theta.device, tuple(velocities.values()))
+    dtypes = tuple(v.dtype for v in velocities.values() if v is not None)
+    chosen = choose_backend(backend, v_theta.device, dtypes)
     dtype = shared.compute_dtype(*velocities.values())
     args: tuple[Any, ...] = (
         v_theta.contiguous(),
@@ -154,13 +155,43 @@ def reference_forward(
     [3, B]: what the gradient's v_θ − v*, nothing and v_θ − v_ref are multiplied by (`_velocity_loss`)."""
     dtype = r.dtype
     theta, target = v_theta.flatten(1).to(dtype), v_target.flatten(1).to(dtype)
-    width, error = _width_and_error(theta - target, adaptive)
-    implicit_reward = torch.zeros_like(r)
-    if v_old is not None:
-        implicit_reward = _width_and_error(v_old.flatten(1).to(dtype) - target, adaptive)[1] - error
+    own = shared.moments(theta - target)
+    old = None if v_old is None else shared.moments(v_old.flatten(1).to(dtype) - target)
     kl = torch.zeros_like(r)
     if v_ref is not None:
         kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
+    options = (beta, scale, adaptive, kl_weight, kl_floor)
+    return _from_means(own, old, kl, theta.shape[1], r, groups, centre, weight, *options)
+
+
+def _cpp_forward(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *rows: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mtedit_fast.ops import _cpp
+
+    means = _cpp.velocity_moments(v_theta, v_old, v_target, v_ref, mixed=False)
+    old = None if v_old is None else (means[2], means[3])
+    return _from_means((means[0], means[1]), old, means[4], v_theta[:1].numel(), *rows)
+
+
+def _from_means(
+    own: shared.Moments,
+    old: shared.Moments | None,
+    kl: Tensor,
+    numel: int,
+    r: Tensor,
+    groups: Tensor | None,
+    centre: Tensor | None,
+    weight: Tensor | None,
+    beta: float,
+    scale: float,
+    adaptive: bool,
+    kl_weight: float,
+    kl_floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reference_forward` returns, of the moments of v_θ − v* and v_old − v* and the mean (v_θ − v_ref)²."""
+    width, error = _width_and_error(own, adaptive)
+    implicit_reward = torch.zeros_like(r) if old is None else _width_and_error(old, adaptive)[1] - error
     if weight is None:
         weight = torch.full_like(r, 1 / max(len(r), 1))
 
@@ -173,13 +204,13 @@ def reference_forward(
     kl_weights = kl_floor + r * (kl_weight - kl_floor)
     loss = (weight * (policy + kl_weights * kl)).sum()
     slopes = (-2 * scale * residual / width, torch.zeros_like(r), kl_weights)
-    coefficients = torch.stack(slopes) * (2 * weight / theta.shape[1])
+    coefficients = torch.stack(slopes) * (2 * weight / numel)
     return loss, torch.stack((policy, implicit_reward, kl)), coefficients
 
 
-def _width_and_error(difference: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
-    """w and mean x²/w of each row. `difference` is overwritten."""
-    size, square = shared.moments(difference)
+def _width_and_error(moments: shared.Moments, adaptive: bool) -> shared.Moments:
+    """w and mean x²/w of each row."""
+    size, square = moments
     width = size.clamp(min=shared.SMALLEST_SIZE) if adaptive else torch.ones_like(size)
     return width, square / width
 
@@ -200,7 +231,7 @@ def _forward(
     kl_floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = reference_forward
+    run = _cpp_forward if backend == "cpp" else reference_forward
     if backend == "triton":
         from mtedit_fast.kernels import crd_loss as triton
 

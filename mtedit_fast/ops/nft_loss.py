@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops._backend import KEEPS_MEMORY
+from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
 from mtedit_fast.ops._samples import row_sum
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
@@ -59,7 +59,7 @@ def nft_loss(
         kl_weight: >= 0; 1e-4 in the public code.
         check: wait for the device, and raise on t or r outside [0, 1] or a velocity that is not finite (not inside
             torch.compile). On the CPU t and r are always checked.
-        backend: "auto", "reference" or "triton". An explicit one never falls back.
+        backend: "auto", "reference", "cpp" or "triton". An explicit one never falls back.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -73,7 +73,8 @@ def nft_loss(
         v_ref = None
     velocities = {"v_theta": v_theta, "v_old": v_old, "v_target": v_target, "v_ref": v_ref}
     shared.check_values(check, {"t": t, "r": r}, velocities)
-    chosen = shared.choose(backend, v_theta.device, tuple(velocities.values()))
+    dtypes = tuple(v.dtype for v in velocities.values() if v is not None)
+    chosen = choose_backend(backend, v_theta.device, dtypes)
     dtype = shared.compute_dtype(*velocities.values())
     args: tuple[Any, ...] = (
         v_theta.contiguous(),
@@ -143,24 +144,50 @@ def reference_forward(
     dtype = t.dtype
     theta, target = v_theta.flatten(1).to(dtype), v_target.flatten(1).to(dtype)
     if v_old is None:
-        plus, square_plus = minus, square_minus = shared.moments(theta - target)
+        plus = minus = shared.moments(theta - target)
     else:
         old = v_old.flatten(1).to(dtype)
         offset, change = old - target, (theta - old).mul_(beta)
-        plus, square_plus = shared.moments(offset + change)
-        minus, square_minus = shared.moments(offset.sub_(change))
+        plus, minus = shared.moments(offset + change), shared.moments(offset.sub_(change))
     kl = torch.zeros_like(t)
     if v_ref is not None:
         kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
+    return _from_means(plus, minus, kl, theta.shape[1], t, r, weight, beta, scale, kl_weight)
+
+
+def _cpp_forward(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *rows: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mtedit_fast.ops import _cpp
+
+    *_, beta, _, _ = rows
+    means = _cpp.velocity_moments(v_theta, v_old, v_target, v_ref, mixed=True, beta=beta)
+    plus = means[0], means[1]
+    minus = plus if v_old is None else (means[2], means[3])
+    return _from_means(plus, minus, means[4], v_theta[:1].numel(), *rows)
+
+
+def _from_means(
+    plus: shared.Moments,
+    minus: shared.Moments,
+    kl: Tensor,
+    numel: int,
+    t: Tensor,
+    r: Tensor,
+    weight: Tensor | None,
+    beta: float,
+    scale: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reference_forward` returns, of the moments of v± − v* and each sample's mean (v_θ − v_ref)²."""
     if weight is None:
         weight = torch.full_like(t, 1 / max(len(t), 1))
-
-    slope_plus = scale * r * t * t / (t * plus).clamp(min=shared.SMALLEST_SIZE)
-    slope_minus = scale * (1 - r) * t * t / (t * minus).clamp(min=shared.SMALLEST_SIZE)
-    policy = (slope_plus * square_plus + slope_minus * square_minus) / beta
+    slope_plus = scale * r * t * t / (t * plus[0]).clamp(min=shared.SMALLEST_SIZE)
+    slope_minus = scale * (1 - r) * t * t / (t * minus[0]).clamp(min=shared.SMALLEST_SIZE)
+    policy = (slope_plus * plus[1] + slope_minus * minus[1]) / beta
     loss = (weight * (policy + kl_weight * kl)).sum()
     slopes = (slope_plus - slope_minus, beta * (slope_plus + slope_minus), torch.full_like(t, kl_weight))
-    coefficients = torch.stack(slopes) * (2 * weight / theta.shape[1])
+    coefficients = torch.stack(slopes) * (2 * weight / numel)
     return loss, torch.stack((policy, kl)), coefficients
 
 
@@ -177,7 +204,7 @@ def _forward(
     kl_weight: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = reference_forward
+    run = _cpp_forward if backend == "cpp" else reference_forward
     if backend == "triton":
         from mtedit_fast.kernels import nft_loss as triton
 
