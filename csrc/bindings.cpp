@@ -12,6 +12,7 @@
 #include "crop_resize.h"
 #include "sde_step.h"
 #include "seeded_noise.h"
+#include "token_similarity.h"
 #include "velocity_loss.h"
 #ifdef MTEDIT_CUDA_ARCHS
 #include "device_copy.h"
@@ -73,6 +74,13 @@ mtedit::SDEStep step_of(const PythonArray& sample, const PythonArray& velocity, 
 mtedit::VelocityLoss velocities_of(const PythonArray& theta, const PythonArray& old, const PythonArray& target,
                                    const PythonArray& reference, std::int64_t batch, std::int64_t numel, int threads) {
   return {array_of(theta), array_of(old), array_of(target), array_of(reference), batch, numel, threads};
+}
+
+// Rows, tokens, width, and the strides of rows and tokens.
+using TokenShape = std::array<std::int64_t, 5>;
+
+mtedit::Tokens tokens_of(const PythonArray& tokens, const TokenShape& shape) {
+  return {array_of(tokens), shape[0], shape[1], shape[2], shape[3], shape[4]};
 }
 
 // data_ptr, height, width and row, pixel and channel stride of the first image, the stride between images, their
@@ -165,6 +173,22 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     mtedit::seeded_noise(pointer<const std::int64_t>(seed), pointer<const std::int64_t>(step), batch, numel,
                          pointer<void>(out), out_dtype, threads);
+  });
+
+  m.def("token_pool", [](const PythonArray& tokens, const TokenShape& shape, Pointer index, std::int64_t count,
+                         Pointer weights, bool normalize, int threads, Pointer out) {
+    const mtedit::Tokens in = tokens_of(tokens, shape);
+    py::gil_scoped_release release;
+    mtedit::token_pool(in, pointer<const std::int64_t>(index), count, pointer<const float>(weights), normalize, threads,
+                       pointer<float>(out));
+  });
+
+  m.def("token_pool_backward", [](const PythonArray& tokens, const TokenShape& shape, Pointer index, std::int64_t count,
+                                  Pointer weights, bool normalize, int threads, Pointer grad_pooled, Pointer grad) {
+    const mtedit::Tokens in = tokens_of(tokens, shape);
+    py::gil_scoped_release release;
+    mtedit::token_pool_backward(in, pointer<const std::int64_t>(index), count, pointer<const float>(weights),
+                                pointer<const float>(grad_pooled), normalize, threads, pointer<void>(grad));
   });
 
   m.def("crop_resize",

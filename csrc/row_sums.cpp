@@ -18,6 +18,16 @@ inline float join(float (&lanes)[kLanes]) {
 
 }  // namespace
 
+MTEDIT_VECTORIZE double dot(const float* x, const float* y, int n) {
+  float lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * y[i + j];
+  }
+  for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j] * y[i + j];
+  return join(lanes);
+}
+
 MTEDIT_VECTORIZE double squared_distance(const float* p, const float* q, int n) {
   float lanes[kLanes] = {};
   int i = 0;

@@ -4,6 +4,9 @@
 
 namespace mtedit {
 
+// sum x y
+double dot(const float* x, const float* y, int n);
+
 // sum (p - q)^2
 double squared_distance(const float* p, const float* q, int n);
 

@@ -55,12 +55,16 @@ def test_baseline_instructions_give_the_same_bits(tmp_path):
     assert baseline.cuda_archs == ""
 
     def results() -> list[Tensor]:
+        torch.manual_seed(0)
         found = [cpp.seeded_noise(torch.tensor([3, -9]), 4099, 2, torch.float32)]
         for dtype in DTYPES:
             args = (*inputs((2, 4099), dtype)[:2], TABLE, 0, None, torch.tensor([3, 4]), None, dtype, 1, True)
             found += cpp.sde_step_forward(*args, True)
             found += cpp.sde_step_backward(*args, None, torch.tensor([1.0, -2.0]), None, True)
             velocities = (*inputs((2, 4099), dtype), inputs((2, 4099), dtype, seed=1)[0])
+            tokens, index, weights = inputs((2, 17, 70), dtype)[0], torch.tensor([1, 0, 1]), torch.rand(3, 17)
+            found.append(cpp.token_pool(tokens, index, weights, True))
+            found.append(cpp.token_pool_backward(tokens, index, weights, inputs((3, 70), torch.float32)[0], True))
             found.append(cpp.velocity_moments(*velocities, mixed=True, beta=0.7))
             found.append(cpp.velocity_loss_backward(*velocities, inputs((3, 2), torch.float32)[0], torch.tensor(0.3)))
         return found + [crop(*case) for case in CROPS[:4]]

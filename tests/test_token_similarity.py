@@ -12,7 +12,7 @@ from mtedit_fast.ops import token_similarity
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-@pytest.fixture(params=[case for case in BACKENDS if case.values[0] != "cpp"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -235,6 +235,20 @@ def test_runs_repeat_bit_for_bit_with_shared_rows(backend: str) -> None:
     # a row's gradient only sees its own pairs
     even = with_gradients(lambda x, y: run(backend, x, y, pairs, normalize=True)[::2], a, b)[1]
     assert (even[1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_the_thread_count_changes_nothing(backend: str) -> None:
+    a, b = banks((2, 37, 300), (3, 37, 300))
+    weights, threads, found = torch.rand(5, 37), torch.get_num_threads(), []
+    options = {"weights": weights, "normalize": True}
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(with_gradients(lambda x, y: run(backend, x, y, PAIRS % 2, **options), a, b))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -197,6 +197,35 @@ def velocity_loss_backward(
     return out
 
 
+def _tokens(
+    tokens: Tensor, index: Tensor, weights: Tensor | None, normalize: bool
+) -> tuple[tuple[int, int] | tuple[int, ...] | int, ...]:
+    """The arguments that pooling and its gradient share; index and weights are contiguous."""
+    shape = (*tokens.shape, *tokens.stride()[:2])
+    return _array(tokens), shape, _pointer(index), len(index), _pointer(weights), normalize, torch.get_num_threads()
+
+
+def token_pool(tokens: Tensor, index: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
+    """[P, D] fp32: weighted sums of the tokens [M, N, D], each contiguous, of rows `index` [P]."""
+    if weights is None and len(index) != len(tokens):  # once per row, however many pairs it is in
+        return token_pool(tokens, torch.arange(len(tokens)), None, normalize).index_select(0, index)
+    out = torch.empty(len(index), tokens.shape[2])
+    index, weights = index.contiguous(), None if weights is None else weights.contiguous()
+    _C.token_pool(*_tokens(tokens, index, weights, normalize), out.data_ptr())
+    return out
+
+
+def token_pool_backward(
+    tokens: Tensor, index: Tensor, weights: Tensor | None, grad_pooled: Tensor, normalize: bool
+) -> Tensor:
+    """[M, N, D] in the tokens' dtype, of the gradient [P, D] fp32 of what `token_pool` returns."""
+    out = torch.empty(tokens.shape, dtype=tokens.dtype)
+    index, grad_pooled = index.contiguous(), grad_pooled.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    _C.token_pool_backward(*_tokens(tokens, index, weights, normalize), grad_pooled.data_ptr(), out.data_ptr())
+    return out
+
+
 def _readable(batch: Tensor) -> Tensor:
     """[B, C, H, W] whose rows C++ can read: pixels side by side, or their channels. A copy only where they are not."""
     channel, _, pixel = batch.stride()[1:]

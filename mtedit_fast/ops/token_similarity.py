@@ -1,5 +1,7 @@
 """Cosine of pooled tokens, for pairs of rows of two feature banks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ def token_similarity(
             A token of weight 0 is not looked at, whatever it holds, so banks of unequal images may be padded.
             Default: 1, the plain mean.
         normalize: divide each token by its L2 norm first; a token of norm 0 then counts as 0.
-        backend: "auto", "reference" or "triton"; "auto" is the reference on a CPU. An explicit one never falls back.
+        backend: "auto", "reference", "cpp" or "triton". An explicit one never falls back.
 
     Returns:
         [P] fp32 (fp64 for fp64 tokens). NaN, with a gradient of zero, where the cosine is undefined: all weights of a
@@ -64,7 +66,7 @@ def token_similarity(
     if weights_a is not None and weights_b is not None:
         weights_a, weights_b = weights_a.detach().to(dtype), weights_b.detach().to(dtype)
     needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    chosen = choose_backend(backend, a.device, (a.dtype,), offered=("reference", "triton"))
+    chosen = choose_backend(backend, a.device, (a.dtype,))
     args = (_rows(a), _rows(b), index_a, index_b, weights_a, weights_b, normalize, needs_grad, chosen)
     # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
     run = torch.ops.mtedit_fast.token_similarity if needs_grad or torch.compiler.is_compiling() else _forward
@@ -169,16 +171,17 @@ def reference_forward(
     weights_b: Tensor | None,
     normalize: bool,
     want_slopes: bool,
+    pool: Callable[..., Tensor] = _pool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch; every back end has this signature.
+    """Plain PyTorch; every back end has this signature, but for `pool`, which sums tokens.
 
     Returns the similarities [P] and slopes [P, 2, D]: their gradient with respect to each side's pooled token.
     """
     inside = (index_a >= 0) & (index_a < a.shape[0]) & (index_b >= 0) & (index_b < b.shape[0])
     pooled = torch.stack(
         [
-            _pool(a, index_a.clamp(0, max(a.shape[0] - 1, 0)), weights_a, normalize),
-            _pool(b, index_b.clamp(0, max(b.shape[0] - 1, 0)), weights_b, normalize),
+            pool(a, index_a.clamp(0, max(a.shape[0] - 1, 0)), weights_a, normalize),
+            pool(b, index_b.clamp(0, max(b.shape[0] - 1, 0)), weights_b, normalize),
         ],
         dim=1,
     )  # [P, 2, D]
@@ -202,9 +205,7 @@ def reference_backward(
     normalize: bool,
 ) -> Tensor:
     """Gradient of one bank [M, N, D], given its side of the slopes [P, D] and the similarities' gradient [P]."""
-    defined = ~similarity.isnan()
-    scaled = torch.where(defined[:, None], grad[:, None].to(slope.dtype) * slope, 0)  # [P, D]
-    index = torch.where(defined, index, 0)
+    index, scaled = _pooled_gradient(index, similarity, slope, grad)
     total = scaled.new_zeros(tokens.shape)
     if weights is None:
         total += scaled.new_zeros(tokens.shape[0], tokens.shape[2]).index_add_(0, index, scaled)[:, None]
@@ -219,11 +220,36 @@ def reference_backward(
     return total.to(tokens.dtype)
 
 
+def _pooled_gradient(index: Tensor, similarity: Tensor, slope: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, and the gradient of their pooled tokens [P, D]; row 0 and zeros where the similarity is undefined."""
+    defined = ~similarity.isnan()
+    return torch.where(defined, index, 0), torch.where(defined[:, None], grad[:, None].to(slope.dtype) * slope, 0)
+
+
+def _cpp_backward(
+    tokens: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    similarity: Tensor,
+    slope: Tensor,
+    grad: Tensor,
+    normalize: bool,
+) -> Tensor:
+    from mtedit_fast.ops import _cpp
+
+    index, scaled = _pooled_gradient(index, similarity, slope, grad)
+    return _cpp.token_pool_backward(tokens, index, weights, scaled, normalize)
+
+
 def _implementation(backend: str) -> tuple[Any, Any]:
     if backend == "triton":
         from mtedit_fast.kernels import token_similarity as triton
 
         return triton.token_similarity_forward, triton.token_similarity_backward
+    if backend == "cpp":
+        from mtedit_fast.ops import _cpp
+
+        return partial(reference_forward, pool=_cpp.token_pool), _cpp_backward
     return reference_forward, reference_backward
 
 
