@@ -9,7 +9,7 @@ from typing import Any
 
 import record
 import torch
-from harness import Call, keep_freed_memory
+from harness import Call, settle_allocator
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def speed_test(prepare: Callable[..., tuple[str, Call]], cases: Iterable[tuple[A
 
     @pytest.mark.parametrize("case", [pytest.param(each, id="-".join(map(str, each))) for each in cases])
     def test(benchmark: Any, case: tuple[Any, ...]) -> None:
-        keep_freed_memory()
+        settle_allocator()
         benchmark.group, call = prepare(*case)
 
         def synchronised() -> None:

@@ -54,17 +54,18 @@ def summary(values: Sequence[float]) -> Timing:
 
 
 @cache
-def keep_freed_memory() -> None:
-    """What this process frees on a CPU stays with it, as it does with a GPU's allocator.
+def settle_allocator() -> None:
+    """The CPU's allocator as a process has it that has run for a while.
 
-    By its own thresholds glibc hands large blocks back to the kernel, which clears the pages of the next ones; when, is
-    up to all that was allocated before, and a call took one time or two or three times as long, in whole runs.
+    glibc hands freed blocks back to the kernel, which clears the pages of the next ones, unless they are smaller than
+    the largest one freed so far; beyond 32 MiB always. What ran before then decides, in whole runs, whether a call
+    takes one time or two or three times as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def _microseconds(seconds: Sequence[float]) -> Timing:
@@ -84,7 +85,7 @@ def measure(
     Peers take turns call by call, so that whatever else the machine does falls on all of them alike. It goes on for
     `min_seconds` per peer, and `samples` times at least: `FEW` times where a call of one of them is long on a GPU.
     """
-    keep_freed_memory()
+    settle_allocator()
     for calls in peers.values():
         for call in calls:
             call()

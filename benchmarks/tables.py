@@ -36,10 +36,12 @@ gigabytes = partial(scaled, " GB", 1e-9, ".2f")
 
 @dataclass(frozen=True)
 class Table:
-    """figures: column and format by heading. labels: columns that tell rows apart."""
+    """figures: column and format by heading. labels: columns that tell rows apart. kind: those of which the newest row
+    counts."""
 
     figures: Mapping[str, Figure]
     labels: Sequence[str] = KEYS
+    kind: Sequence[str] = record.KIND
 
 
 OP: dict[str, Figure] = {
@@ -48,6 +50,8 @@ OP: dict[str, Figure] = {
     "over eager": ("speedup_eager", times),
     "over `torch.compile`": ("speedup_compile", times),
 }
+WHATEVER_RAN = tuple(name for name in record.KIND if name != "backend")
+"""Of ops, which choose their back end: what another one took before is history."""
 MEMORY: dict[str, Figure] = {"memory": ("extra_bytes", mib), "eager's": ("eager_extra_bytes", mib)}
 TABLES = {
     "rollout": Table(
@@ -126,11 +130,11 @@ TABLES = {
         },
         ("variant", "dtype", "backend"),
     ),
-    "sde_step": Table(OP),
-    "nft_loss": Table(OP, ("op", *KEYS)),
-    "token_similarity": Table(OP),
-    "attention_columns": Table(OP | MEMORY),
-    "digit_score": Table(OP | MEMORY, ("op", *KEYS)),
+    "sde_step": Table(OP, kind=WHATEVER_RAN),
+    "nft_loss": Table(OP, ("op", *KEYS), WHATEVER_RAN),
+    "token_similarity": Table(OP, kind=WHATEVER_RAN),
+    "attention_columns": Table(OP | MEMORY, kind=WHATEVER_RAN),
+    "digit_score": Table(OP | MEMORY, ("op", *KEYS), WHATEVER_RAN),
     "crop_resize": Table(
         {
             "ours": ("median_us", ms),
@@ -154,11 +158,11 @@ TABLES = {
 }
 
 
-def newest(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+def newest(rows: Sequence[Mapping[str, str]], kind: Sequence[str] = record.KIND) -> list[Mapping[str, str]]:
     """Of each kind on each device, the row measured last."""
     found: dict[tuple[str, ...], Mapping[str, str]] = {}
     for row in sorted(rows, key=lambda row: row.get("date", "")):
-        key = tuple(row.get(name, "") for name in record.KIND)
+        key = tuple(row.get(name, "") for name in kind)
         found.pop(key, None)
         found[key] = row
     return list(found.values())
@@ -178,7 +182,8 @@ def caption(rows: Sequence[Mapping[str, str]]) -> str:
 
 def markdown(name: str, results: Path) -> str:
     """The table NAME, one part per device; figures that no row has are left out."""
-    table, rows = TABLES[name], newest(record.read_all(results, name))
+    table = TABLES[name]
+    rows = newest(record.read_all(results, name), table.kind)
     if not rows:
         return f"Not measured yet: `mtedit-fast bench {name}`.\n"
     parts = []
