@@ -153,6 +153,14 @@ def test_tables_are_filled_in_and_checked(tmp_path, capsys):
     assert "## rollout\n\nNot measured yet: `mtedit-fast bench rollout`." in shown
 
 
+def test_an_op_is_shown_with_the_back_end_that_it_takes_now(tmp_path):
+    for name in ("sde_step", "adapters"):
+        older, newer = row(backend="reference"), row(date="2026-02-01T00:00Z", backend="cpp")
+        write(tmp_path / f"{name}.csv", older, newer)
+    assert "reference" not in tables.markdown("sde_step", tmp_path)
+    assert "reference" in tables.markdown("adapters", tmp_path)  # where back ends are what is compared
+
+
 @pytest.mark.parametrize("text", ["no table\n", "<!-- bench nothing -->\n<!-- /bench -->\n"])
 def test_unknown_tables_are_named(text, tmp_path, capsys):
     (tmp_path / "page.md").write_text(text)
