@@ -169,17 +169,17 @@ TESTS = {
     "attention_columns": "attention_columns attention_columns_registration",
     "token_similarity": "token_similarity token_similarity_registration token_similarity_errors",
     "digit_score": "digit_score digit_score_registration digit_score_errors digit_score_auto token_log_probs",
-    "crop_resize": "crop_resize crop_resize_errors csrc::test_device_copy",
+    "crop_resize": "crop_resize crop_resize_errors csrc_build::test_device_copy",
     "rollout": "on_gpu speed",
     "update": "rollout adapters adapters_state update",
     "iteration": "bench_iteration",
     "consistency": "on_gpu::test_consistency_is_the_cpus",
     "plan": "plan",
     "judge": "on_gpu::test_judges_are_the_cpus",
-    "onestep": "bench_onestep onestep_sampling onestep_writers",
+    "onestep": "bench_onestep onestep_denoiser onestep_sampling onestep_writers",
 }
 """Test files, or tests of one, by what they are tests of: those that a GPU can make red."""
-NEEDED_BY_TESTS = {"sde_step_schedule": "diffusers", "csrc": "pybind11", "on_gpu": "diffusers"}
+NEEDED_BY_TESTS = {"sde_step_schedule": "diffusers", "csrc_build": "pybind11", "on_gpu": "diffusers"}
 COMPILED = ("compiles_for", "compiled_for", "fuses_multiply_adds")
 """In the names of tests that look at compiled code, which needs no GPU."""
 
