@@ -17,8 +17,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-CPP_SOURCES = ["csrc/bindings.cpp", "csrc/crop_resize.cpp", "csrc/dtype.cpp", "csrc/row_sums.cpp", "csrc/sde_step.cpp"]
-CPP_SOURCES += ["csrc/seeded_noise.cpp", "csrc/token_similarity.cpp", "csrc/velocity_loss.cpp"]
+CPP_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/crop_resize.cpp",
+    "csrc/dtype.cpp",
+    "csrc/elementwise.cpp",
+    "csrc/row_sums.cpp",
+]
+CPP_SOURCES += ["csrc/sde_step.cpp", "csrc/seeded_noise.cpp", "csrc/token_similarity.cpp", "csrc/velocity_loss.cpp"]
 CUDA_SOURCES = ["csrc/crop_resize.cu", "csrc/device_copy.cu"]
 CUDA_ARCHS = ["80", "90", "100"]  # A100; H100 and H200; B200
 # Contraction into fused multiply-adds is off: sampling, replay, every instruction set and PyTorch then round alike.

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "elementwise.h"
 #include "row_sums.h"
 #include "seeded_noise.h"
 #include "tile.h"
@@ -25,14 +26,6 @@ MTEDIT_VECTORIZE void affine(float a, const float* x, float b, const float* v, i
 
 MTEDIT_VECTORIZE void add_scaled(const float* mean, float c, const float* noise, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = mean[i] + c * noise[i];
-}
-
-MTEDIT_VECTORIZE void accumulate(const float* in, int n, float* sum) {
-  for (int i = 0; i < n; ++i) sum[i] += in[i];
-}
-
-MTEDIT_VECTORIZE void scaled_difference(float k, const float* p, const float* q, int n, float* out) {
-  for (int i = 0; i < n; ++i) out[i] = k * (p[i] - q[i]);
 }
 
 MTEDIT_VECTORIZE void scale(float k, const float* in, int n, float* out) {

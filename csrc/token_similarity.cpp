@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "elementwise.h"
 #include "row_sums.h"
 #include "vectorize.h"
 
@@ -14,10 +15,6 @@ constexpr int kGroup = 16;  // tokens added up before they join a sum: long fp32
 
 MTEDIT_VECTORIZE void add_scaled(float k, const float* x, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] += k * x[i];
-}
-
-MTEDIT_VECTORIZE void accumulate(const float* in, int n, float* sum) {
-  for (int i = 0; i < n; ++i) sum[i] += in[i];
 }
 
 // (total - unit (unit . total)) / |x|, of unit = x / |x|.

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "elementwise.h"
 #include "row_sums.h"
 #include "tile.h"
 #include "vectorize.h"
@@ -34,10 +35,6 @@ MTEDIT_VECTORIZE void mix(const float* theta, const float* old, const float* tar
     plus[i] = offset + step;
     minus[i] = offset - step;
   }
-}
-
-MTEDIT_VECTORIZE void scaled_difference(float k, const float* x, const float* y, int n, float* out) {
-  for (int i = 0; i < n; ++i) out[i] = k * (x[i] - y[i]);
 }
 
 MTEDIT_VECTORIZE void add_scaled_difference(float k, const float* x, const float* y, int n, float* out) {

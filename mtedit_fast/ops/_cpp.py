@@ -176,11 +176,7 @@ def _velocities(
 def velocity_moments(
     v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *, mixed: bool, beta: float = 0.0
 ) -> Tensor:
-    """[5, B] fp32: a sample's mean |p|, p², |m|, m² and (v_θ − v_ref)², 0 where absent.
-
-    With o = v_old − v* and d = v_θ − v_old, p and m are o ± βd where `mixed`, else v_θ − v* and o. Without v_old p is
-    v_θ − v*, and there is no m.
-    """
+    """[5, B] fp32, as `_velocity_loss.velocity_moments` has them."""
     means = torch.empty(5, v_theta.shape[0])
     _C.velocity_moments(*_velocities(v_theta, v_old, v_target, v_ref), mixed, beta, means.data_ptr())
     return means

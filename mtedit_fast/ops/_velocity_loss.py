@@ -64,12 +64,35 @@ def compute_dtype(*velocities: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-Moments = tuple[Tensor, Tensor]
-"""Mean |x| and mean x² of each sample, [B]."""
+def velocity_moments(
+    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *, mixed: bool, beta: float = 0.0
+) -> Tensor:
+    """[5, B]: a sample's mean |p|, p², |m|, m² and (v_θ − v_ref)², 0 where absent. In PyTorch; `_cpp` has another.
+
+    With o = v_old − v* and d = v_θ − v_old, p and m are o ± βd where `mixed`, else v_θ − v* and o. Without v_old p is
+    v_θ − v*, and there is no m.
+    """
+    dtype = compute_dtype(v_theta, v_old, v_target, v_ref)
+    theta, target = v_theta.flatten(1).to(dtype), v_target.flatten(1).to(dtype)
+    absent = theta.new_zeros(len(theta))
+    minus, change = (absent, absent), absent
+    if v_old is None:
+        plus = _moments(theta - target)
+    else:
+        old = v_old.flatten(1).to(dtype)
+        offset = old - target
+        if mixed:
+            step = (theta - old).mul_(beta)
+            plus, minus = _moments(offset + step), _moments(offset.sub_(step))
+        else:
+            plus, minus = _moments(theta - target), _moments(offset)
+    if v_ref is not None:
+        change = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
+    return torch.stack((*plus, *minus, change))
 
 
-def moments(values: Tensor) -> Moments:
-    """Of [B, D]. `values` is overwritten. In fixed tiles, as `row_sum`."""
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, D] -> mean |x| and mean x², each [B]. `values` is overwritten. In fixed tiles, as `row_sum`."""
     count = values.shape[1]
     if count % 1024:
         values = pad(values, (0, -count % 1024))

@@ -1,5 +1,8 @@
 """Centered reward distillation: the implicit rewards of a group are matched to its rewards, both centred."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +10,6 @@ from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
 from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
-from mtedit_fast.ops._samples import row_sum
 
 
 class CRDLoss(NamedTuple):
@@ -150,48 +152,18 @@ def reference_forward(
     adaptive: bool,
     kl_weight: float,
     kl_floor: float,
+    moments: Callable[..., Tensor] = shared.velocity_moments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch; every back end has this signature. Returns loss [], policy, implicit reward and kl [3, B], and
-    [3, B]: what the gradient's v_θ − v*, nothing and v_θ − v_ref are multiplied by (`_velocity_loss`)."""
-    dtype = r.dtype
-    theta, target = v_theta.flatten(1).to(dtype), v_target.flatten(1).to(dtype)
-    own = shared.moments(theta - target)
-    old = None if v_old is None else shared.moments(v_old.flatten(1).to(dtype) - target)
-    kl = torch.zeros_like(r)
-    if v_ref is not None:
-        kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
-    options = (beta, scale, adaptive, kl_weight, kl_floor)
-    return _from_means(own, old, kl, theta.shape[1], r, groups, centre, weight, *options)
+    """Plain PyTorch; every back end has this signature, but for `moments`.
 
-
-def _cpp_forward(
-    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *rows: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mtedit_fast.ops import _cpp
-
-    means = _cpp.velocity_moments(v_theta, v_old, v_target, v_ref, mixed=False)
-    old = None if v_old is None else (means[2], means[3])
-    return _from_means((means[0], means[1]), old, means[4], v_theta[:1].numel(), *rows)
-
-
-def _from_means(
-    own: shared.Moments,
-    old: shared.Moments | None,
-    kl: Tensor,
-    numel: int,
-    r: Tensor,
-    groups: Tensor | None,
-    centre: Tensor | None,
-    weight: Tensor | None,
-    beta: float,
-    scale: float,
-    adaptive: bool,
-    kl_weight: float,
-    kl_floor: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reference_forward` returns, of the moments of v_θ − v* and v_old − v* and the mean (v_θ − v_ref)²."""
-    width, error = _width_and_error(own, adaptive)
-    implicit_reward = torch.zeros_like(r) if old is None else _width_and_error(old, adaptive)[1] - error
+    Returns loss [], policy, implicit reward and kl [3, B], and [3, B]: what the gradient's v_θ − v*, nothing and
+    v_θ − v_ref are multiplied by (`_velocity_loss`).
+    """
+    size, square, size_old, square_old, kl = moments(v_theta, v_old, v_target, v_ref, mixed=False)
+    width, error = _width_and_error(size, square, adaptive)
+    implicit_reward = torch.zeros_like(r)
+    if v_old is not None:
+        implicit_reward = _width_and_error(size_old, square_old, adaptive)[1] - error
     if weight is None:
         weight = torch.full_like(r, 1 / max(len(r), 1))
 
@@ -204,13 +176,12 @@ def _from_means(
     kl_weights = kl_floor + r * (kl_weight - kl_floor)
     loss = (weight * (policy + kl_weights * kl)).sum()
     slopes = (-2 * scale * residual / width, torch.zeros_like(r), kl_weights)
-    coefficients = torch.stack(slopes) * (2 * weight / numel)
+    coefficients = torch.stack(slopes) * (2 * weight / math.prod(v_theta.shape[1:]))
     return loss, torch.stack((policy, implicit_reward, kl)), coefficients
 
 
-def _width_and_error(moments: shared.Moments, adaptive: bool) -> shared.Moments:
-    """w and mean x²/w of each row."""
-    size, square = moments
+def _width_and_error(size: Tensor, square: Tensor, adaptive: bool) -> tuple[Tensor, Tensor]:
+    """w and mean x²/w of each row, of its mean |x| and mean x²."""
     width = size.clamp(min=shared.SMALLEST_SIZE) if adaptive else torch.ones_like(size)
     return width, square / width
 
@@ -231,7 +202,11 @@ def _forward(
     kl_floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _cpp_forward if backend == "cpp" else reference_forward
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference_forward
+    if backend == "cpp":
+        from mtedit_fast.ops import _cpp
+
+        run = partial(reference_forward, moments=_cpp.velocity_moments)
     if backend == "triton":
         from mtedit_fast.kernels import crd_loss as triton
 

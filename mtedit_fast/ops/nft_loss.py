@@ -1,5 +1,8 @@
 """DiffusionNFT's loss on velocities in closed form, and the reward in [0, 1] that it takes."""
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +10,6 @@ from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
 from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
-from mtedit_fast.ops._samples import row_sum
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
 
@@ -138,56 +140,22 @@ def reference_forward(
     beta: float,
     scale: float,
     kl_weight: float,
+    moments: Callable[..., Tensor] = shared.velocity_moments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch; every back end has this signature. Returns loss [], policy and kl [2, B], and [3, B]: what the
-    gradient's o, d and v_θ − v_ref are multiplied by (`_velocity_loss`)."""
-    dtype = t.dtype
-    theta, target = v_theta.flatten(1).to(dtype), v_target.flatten(1).to(dtype)
+    """Plain PyTorch; every back end has this signature, but for `moments`. Returns loss [], policy and kl [2, B], and
+    [3, B]: what the gradient's o, d and v_θ − v_ref are multiplied by (`_velocity_loss`)."""
+    plus, square_plus, minus, square_minus, kl = moments(v_theta, v_old, v_target, v_ref, mixed=True, beta=beta)
     if v_old is None:
-        plus = minus = shared.moments(theta - target)
-    else:
-        old = v_old.flatten(1).to(dtype)
-        offset, change = old - target, (theta - old).mul_(beta)
-        plus, minus = shared.moments(offset + change), shared.moments(offset.sub_(change))
-    kl = torch.zeros_like(t)
-    if v_ref is not None:
-        kl = row_sum((theta - v_ref.flatten(1).to(dtype)).square_()) / theta.shape[1]
-    return _from_means(plus, minus, kl, theta.shape[1], t, r, weight, beta, scale, kl_weight)
-
-
-def _cpp_forward(
-    v_theta: Tensor, v_old: Tensor | None, v_target: Tensor, v_ref: Tensor | None, *rows: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mtedit_fast.ops import _cpp
-
-    *_, beta, _, _ = rows
-    means = _cpp.velocity_moments(v_theta, v_old, v_target, v_ref, mixed=True, beta=beta)
-    plus = means[0], means[1]
-    minus = plus if v_old is None else (means[2], means[3])
-    return _from_means(plus, minus, means[4], v_theta[:1].numel(), *rows)
-
-
-def _from_means(
-    plus: shared.Moments,
-    minus: shared.Moments,
-    kl: Tensor,
-    numel: int,
-    t: Tensor,
-    r: Tensor,
-    weight: Tensor | None,
-    beta: float,
-    scale: float,
-    kl_weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `reference_forward` returns, of the moments of v± − v* and each sample's mean (v_θ − v_ref)²."""
+        minus, square_minus = plus, square_plus
     if weight is None:
         weight = torch.full_like(t, 1 / max(len(t), 1))
-    slope_plus = scale * r * t * t / (t * plus[0]).clamp(min=shared.SMALLEST_SIZE)
-    slope_minus = scale * (1 - r) * t * t / (t * minus[0]).clamp(min=shared.SMALLEST_SIZE)
-    policy = (slope_plus * plus[1] + slope_minus * minus[1]) / beta
+
+    slope_plus = scale * r * t * t / (t * plus).clamp(min=shared.SMALLEST_SIZE)
+    slope_minus = scale * (1 - r) * t * t / (t * minus).clamp(min=shared.SMALLEST_SIZE)
+    policy = (slope_plus * square_plus + slope_minus * square_minus) / beta
     loss = (weight * (policy + kl_weight * kl)).sum()
     slopes = (slope_plus - slope_minus, beta * (slope_plus + slope_minus), torch.full_like(t, kl_weight))
-    coefficients = torch.stack(slopes) * (2 * weight / numel)
+    coefficients = torch.stack(slopes) * (2 * weight / math.prod(v_theta.shape[1:]))
     return loss, torch.stack((policy, kl)), coefficients
 
 
@@ -204,7 +172,11 @@ def _forward(
     kl_weight: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _cpp_forward if backend == "cpp" else reference_forward
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference_forward
+    if backend == "cpp":
+        from mtedit_fast.ops import _cpp
+
+        run = partial(reference_forward, moments=_cpp.velocity_moments)
     if backend == "triton":
         from mtedit_fast.kernels import nft_loss as triton
 
