@@ -6,9 +6,6 @@ import torch
 
 Backend = Literal["auto", "reference", "cpp", "triton", "cuda"]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KEEPS_MEMORY = (torch.Tag.cudagraph_unsafe,)
-"""Tags of an op that makes something once per device: the graphs of torch.compile's mode="reduce-overhead" do not allow
-what outlives a call."""
 
 
 def unavailable_reason(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:

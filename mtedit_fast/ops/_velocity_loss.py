@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mtedit_fast.ops._operator import Operator
 from mtedit_fast.ops._samples import check_samples, raise_if_not_finite, row_sum
 
 SMALLEST_SIZE = 1e-5
@@ -118,8 +119,7 @@ def reference_backward(
     return result.view(v_theta.shape).to(v_theta.dtype)
 
 
-@torch.library.custom_op("mtedit_fast::velocity_loss_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward_op(
+def _backward(
     v_theta: Tensor,
     v_old: Tensor | None,
     v_target: Tensor,
@@ -139,14 +139,9 @@ def _backward_op(
     return reference_backward(v_theta, v_old, v_target, v_ref, coefficients, grad)
 
 
-@_backward_op.register_fake
-def _(v_theta: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(v_theta)
+_backward_op = Operator("velocity_loss_backward", _backward, lambda v_theta, *_: torch.empty_like(v_theta))
 
 
-def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Tensor | None:
+def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None]:
     """The gradient to v_theta of an op whose `setup_context` kept velocities, coefficients and `ctx.backend`."""
-    if grad_loss is None:
-        return None
-    gradient: Tensor = torch.ops.mtedit_fast.velocity_loss_backward(*ctx.saved_tensors, grad_loss, ctx.backend)
-    return gradient
+    return (None if grad_loss is None else _backward_op(*ctx.saved_tensors, grad_loss, ctx.backend),)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops._backend import choose_backend, unavailable_reason
+from mtedit_fast.ops._operator import Operator
 
 MOST_WIDTH = 128  # D that the kernels hold at once
 # Of a chunk of the matrix: on a CPU little enough to stay in cache, and enough that threads seldom wait for each other.
@@ -74,10 +75,7 @@ def attention_columns(
     chosen = _choose(backend, query)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     columns = columns.expand(query.shape[0], columns.shape[-1]).contiguous()
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    # The dispatcher costs more than a small kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.attention_columns if needs_grad or torch.compiler.is_compiling() else _forward
-    return run(_rows(query), _rows(key), columns, mask, scale, reduce == "heads", chosen)[0]
+    return _op(_rows(query), _rows(key), columns, mask, scale, reduce == "heads", chosen)[0]
 
 
 def _check(query: Tensor, key: Tensor, columns: Tensor, scale: float | None, mask: Tensor | None, reduce: str) -> None:
@@ -264,14 +262,7 @@ def _backward(
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
-_op = torch.library.custom_op("mtedit_fast::attention_columns", _forward, mutates_args=(), device_types=("cpu", "cuda"))
-_backward_op = torch.library.custom_op(
-    "mtedit_fast::attention_columns_backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
-)
-
-
-@_op.register_fake
-def _(query: Tensor, key: Tensor, columns: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, columns: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     (batch, heads, count, _), (*_, mean, backend) = query.shape, others
     dtype, number = _compute_dtype(query), columns.shape[1]
     shape = (batch, count, number) if mean else (batch, heads, count, number)
@@ -279,8 +270,7 @@ def _(query: Tensor, key: Tensor, columns: Tensor, *others: Any) -> tuple[Tensor
     return query.new_empty(shape, dtype=dtype), query.new_empty(kept, dtype=dtype)
 
 
-@_backward_op.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     needs = others[-2]
     return query.new_empty(query.shape if needs[0] else 0), key.new_empty(key.shape if needs[1] else 0)
 
@@ -294,8 +284,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     scale, mean, backend = ctx.options
     needs = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.mtedit_fast.attention_columns_backward(grad, *ctx.saved_tensors, scale, mean, needs, backend)
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 5
+    grads = _backward_op(grad, *ctx.saved_tensors, scale, mean, needs, backend)
+    return tuple(value if needed else None for value, needed in zip(grads, needs, strict=True))
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("attention_columns", _forward, _fake)
+_op.differentiate(_autograd, _setup_context, inputs=2)
+_backward_op = Operator("attention_columns_backward", _backward, _fake_backward)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
+from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 
 
 class CRDLoss(NamedTuple):
@@ -106,9 +107,7 @@ def crd_loss(
         float(kl_floor),
         chosen,
     )
-    needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
-    run = torch.ops.mtedit_fast.crd_loss if needs_grad or torch.compiler.is_compiling() else _forward
-    loss, rows, _ = run(*args)
+    loss, rows, _ = _op(*args)
     policy, implicit_reward, kl = rows.detach()
     return CRDLoss(loss, policy, implicit_reward, None if v_ref is None else kl)
 
@@ -214,13 +213,7 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, r, groups, centre, weight, beta, scale, adaptive, kl_weight, kl_floor)
 
 
-_op = torch.library.custom_op(
-    "mtedit_fast::crd_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
-)
-
-
-@_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     r = args[4]
     return r.new_empty(()), r.new_empty(3, r.shape[0]), r.new_empty(3, r.shape[0])
 
@@ -232,8 +225,5 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.backend = others[-1]
 
 
-def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return shared.backward(ctx, *grads), *[None] * 13
-
-
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("crd_loss", _forward, _fake, keeps_memory=True)
+_op.differentiate(shared.backward, _setup_context, inputs=1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 
 FILTERS = ("bilinear", "bicubic")
 LAYOUTS = ("CHW", "HWC")
@@ -87,8 +88,7 @@ def crop_resize(
     dtypes = (dtype,) if first.dtype == torch.uint8 else (first.dtype, dtype)
     chosen = choose_backend(backend, first.device, dtypes, offered=("cpp", "cuda"))
     boxes, index = (_to(tensor, first.device) for tensor in (boxes, index))
-    run = torch.ops.mtedit_fast.crop_resize if torch.compiler.is_compiling() else _forward
-    return run(batches, boxes, index, height, width, filter == "bicubic", means, stds, dtype, chosen)
+    return _op(batches, boxes, index, height, width, filter == "bicubic", means, stds, dtype, chosen)
 
 
 def _batches(images: Tensor | Sequence[Tensor], layout: str) -> list[Tensor]:
@@ -280,10 +280,9 @@ def _forward(
     return run(batches, boxes, index, height, width, cubic, mean, std, dtype)
 
 
-_op = torch.library.custom_op("mtedit_fast::crop_resize", _forward, mutates_args=(), device_types=("cpu", "cuda"))
-
-
-@_op.register_fake
-def _(batches: list[Tensor], boxes: Tensor, index: Tensor, height: int, width: int, *options: Any) -> Tensor:
+def _fake(batches: list[Tensor], boxes: Tensor, index: Tensor, height: int, width: int, *options: Any) -> Tensor:
     dtype = options[-2]
     return batches[0].new_empty((boxes.shape[0], batches[0].shape[1], height, width), dtype=dtype)
+
+
+_op = Operator("crop_resize", _forward, _fake)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mtedit_fast.ops import _head_checks as checks
 from mtedit_fast.ops import _linear_softmax as head
-from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend, unavailable_reason
+from mtedit_fast.ops._backend import choose_backend, unavailable_reason
 from mtedit_fast.ops._crossover import vocab_backend
+from mtedit_fast.ops._operator import Operator
 
 SCORE, VARIANCE, ENTROPY, MEDIAN, MASS, TARGET = range(6)
 MOST_TOKENS = 256  # that the kernel holds at once
@@ -99,11 +100,7 @@ def digit_score(
             raise ValueError(f"target must lie in 0…{len(ids) - 1}, the index of a token, or be -1; got {got}")
     chosen = _choose(backend, hidden, len(ids), normalize)
     args = (hidden, weight, bias, target, ids, numbers, 1 / temperature, vocab_size, normalize == "vocab", chosen)
-    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.digit_score if needs_grad or torch.compiler.is_compiling() else _forward
-    rows = run(*args)[0].unbind()
+    rows = _op(*args)[0].unbind()
     return DigitScore(
         rows[SCORE],
         rows[VARIANCE].detach(),
@@ -290,24 +287,14 @@ def _set_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-_op = torch.library.custom_op(
-    "mtedit_fast::digit_score", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
-)
-_backward_op = torch.library.custom_op(
-    "mtedit_fast::digit_score_backward", _backward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
-)
-
-
-@_op.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     ids, vocab, count = others[3], others[7], hidden.shape[0]
     dtype = head.compute_dtype(hidden)
     shapes = ((6, count), (count, len(ids)), (count,) if vocab else (0,))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return head.empty_gradients(args[4], args[5], args[-1])
 
 
@@ -319,8 +306,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.mtedit_fast.digit_score_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 7
+    grads = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return tuple(value if needed else None for value, needed in zip(grads, needs, strict=True))
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("digit_score", _forward, _fake, keeps_memory=True)
+_op.differentiate(_autograd, _setup_context, inputs=3)
+_backward_op = Operator("digit_score_backward", _backward, _fake_backward, keeps_memory=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import _velocity_loss as shared
-from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
+from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
 
@@ -87,10 +88,7 @@ def nft_loss(
         float(kl_weight),
         chosen,
     )
-    needs_grad = torch.is_grad_enabled() and v_theta.requires_grad
-    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.nft_loss if needs_grad or torch.compiler.is_compiling() else _forward
-    loss, rows, _ = run(*args)
+    loss, rows, _ = _op(*args)
     policy, kl = rows.detach()
     return NFTLoss(loss, policy, None if v_ref is None else kl)
 
@@ -184,13 +182,7 @@ def _forward(
     return run(v_theta, v_old, v_target, v_ref, t, r, weight, beta, scale, kl_weight)
 
 
-_op = torch.library.custom_op(
-    "mtedit_fast::nft_loss", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
-)
-
-
-@_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     t = args[4]
     return t.new_empty(()), t.new_empty(2, t.shape[0]), t.new_empty(3, t.shape[0])
 
@@ -201,8 +193,5 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.backend = inputs[-1]
 
 
-def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return shared.backward(ctx, *grads), *[None] * 10
-
-
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("nft_loss", _forward, _fake, keeps_memory=True)
+_op.differentiate(shared.backward, _setup_context, inputs=1)

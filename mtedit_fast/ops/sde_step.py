@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops import seeded_noise as noise_op
-from mtedit_fast.ops._backend import KEEPS_MEMORY, choose_backend
+from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 from mtedit_fast.ops._samples import raise_if_not_finite, row_sum
 from mtedit_fast.ops._step_checks import check_step
 from mtedit_fast.ops.coefficients import SDECoefficients
@@ -101,10 +102,7 @@ def sde_step(
         return_mean,
         chosen,
     )
-    needs_grad = torch.is_grad_enabled() and (sample.requires_grad or velocity.requires_grad)
-    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.sde_step if needs_grad or torch.compiler.is_compiling() else _forward
-    out, log_prob, mean = run(*args)
+    out, log_prob, mean = _op(*args)
     return SDEStepOutput(out if replayed is None else replayed, log_prob if mode else None, mean)
 
 
@@ -235,13 +233,7 @@ def _forward(
     )
 
 
-_op = torch.library.custom_op(
-    "mtedit_fast::sde_step", _forward, mutates_args=(), device_types=("cpu", "cuda"), tags=KEEPS_MEMORY
-)
-
-
-@_op.register_fake
-def _(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     prev_sample, out_dtype, log_prob_mode, _, want_mean, _ = others[4:]
     dtype = torch.float64 if torch.float64 in (sample.dtype, velocity.dtype) else torch.float32
     return (
@@ -251,8 +243,7 @@ def _(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Te
     )
 
 
-@torch.library.custom_op("mtedit_fast::sde_step_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward_op(
+def _backward(
     sample: Tensor,
     velocity: Tensor,
     table: Tensor,
@@ -289,8 +280,7 @@ def _backward_op(
     return table.new_empty(0) if grad_sample is None else grad_sample, grad_velocity
 
 
-@_backward_op.register_fake
-def _(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(sample: Tensor, velocity: Tensor, table: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     needs_sample = others[-2]
     return torch.empty_like(sample) if needs_sample else table.new_empty(0), torch.empty_like(velocity)
 
@@ -311,7 +301,7 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     sample, velocity, table, device_step, noise, seed, prev_sample = ctx.saved_tensors
     host_step, out_dtype, mode, round_before, want_mean, backend = ctx.options
-    grad_sample, grad_velocity = torch.ops.mtedit_fast.sde_step_backward(
+    grad_sample, grad_velocity = _backward_op(
         sample,
         velocity,
         table,
@@ -329,7 +319,9 @@ def _autograd(
         ctx.needs_input_grad[0],
         backend,
     )
-    return grad_sample if ctx.needs_input_grad[0] else None, grad_velocity, *[None] * 11
+    return grad_sample if ctx.needs_input_grad[0] else None, grad_velocity
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("sde_step", _forward, _fake, keeps_memory=True)
+_op.differentiate(_autograd, _setup_context, inputs=2)
+_backward_op = Operator("sde_step_backward", _backward, _fake_backward)

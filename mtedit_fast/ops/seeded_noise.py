@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 
 
 def seeded_noise(
@@ -45,11 +46,7 @@ def seeded_noise(
         raise ValueError(f"step must be in [0, 2**32), got {step}")
     chosen = choose_backend(backend, seed.device, (dtype,))
     numel = prod(shape)
-    if torch.compiler.is_compiling():
-        noise = torch.ops.mtedit_fast.seeded_noise(seed, numel, step, dtype, chosen)
-    else:
-        noise = _forward(seed, numel, step, dtype, chosen)
-    return noise.view(seed.shape[0], *shape)
+    return _op(seed, numel, step, dtype, chosen).view(seed.shape[0], *shape)
 
 
 def check_seed(seed: Tensor) -> None:
@@ -152,11 +149,8 @@ def _forward(seed: Tensor, numel: int, step: int, dtype: torch.dtype, backend: s
     return reference(seed, numel, step, dtype)
 
 
-@torch.library.custom_op("mtedit_fast::seeded_noise", mutates_args=())
-def _op(seed: Tensor, numel: int, step: int, dtype: torch.dtype, backend: str) -> Tensor:
-    return _forward(seed, numel, step, dtype, backend)
-
-
-@_op.register_fake
-def _(seed: Tensor, numel: int, step: int, dtype: torch.dtype, backend: str) -> Tensor:
+def _fake(seed: Tensor, numel: int, step: int, dtype: torch.dtype, backend: str) -> Tensor:
     return seed.new_empty((seed.shape[0], numel), dtype=dtype)
+
+
+_op = Operator("seeded_noise", _forward, _fake)

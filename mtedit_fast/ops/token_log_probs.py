@@ -10,6 +10,7 @@ from mtedit_fast.ops import _head_checks as checks
 from mtedit_fast.ops import _linear_softmax as head
 from mtedit_fast.ops._backend import choose_backend
 from mtedit_fast.ops._crossover import vocab_backend
+from mtedit_fast.ops._operator import Operator
 
 
 @overload
@@ -100,11 +101,7 @@ def token_log_probs(
     # Zeros, so that what padding holds, NaN perhaps, reaches neither the weight's gradient nor its own.
     rows = hidden.masked_fill(ignored[..., None], 0).reshape(-1, hidden.shape[-1])
     args = (rows, weight, bias, targets.reshape(-1), 1 / temperature, vocab_size, return_entropy, chosen)
-    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.token_log_probs if needs_grad or torch.compiler.is_compiling() else _forward
-    log_prob, entropy, _ = run(*args)
+    log_prob, entropy, _ = _op(*args)
     log_prob = log_prob.reshape(targets.shape).masked_fill(ignored, 0)
     if not return_entropy:
         return log_prob
@@ -171,21 +168,13 @@ def _backward(
     )
 
 
-_op = torch.library.custom_op("mtedit_fast::token_log_probs", _forward, mutates_args=(), device_types=("cpu", "cuda"))
-_backward_op = torch.library.custom_op(
-    "mtedit_fast::token_log_probs_backward", _backward, mutates_args=(), device_types=("cpu", "cuda")
-)
-
-
-@_op.register_fake
-def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     count, want_entropy = hidden.shape[0], others[5]
     empty = hidden.new_empty(count, dtype=head.compute_dtype(hidden))
     return empty, empty.new_empty(count if want_entropy else 0), torch.empty_like(empty)
 
 
-@_backward_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return head.empty_gradients(args[4], args[5], args[-1])
 
 
@@ -197,10 +186,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_log_prob: Tensor, grad_entropy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.mtedit_fast.token_log_probs_backward(
-        grad_log_prob, grad_entropy, *ctx.saved_tensors, *ctx.options, needs
-    )
-    return *(value if needed else None for value, needed in zip(grads, needs, strict=True)), *[None] * 5
+    grads = _backward_op(grad_log_prob, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
+    return tuple(value if needed else None for value, needed in zip(grads, needs, strict=True))
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("token_log_probs", _forward, _fake)
+_op.differentiate(_autograd, _setup_context, inputs=3)
+_backward_op = Operator("token_log_probs_backward", _backward, _fake_backward)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtedit_fast.ops._backend import choose_backend
+from mtedit_fast.ops._operator import Operator
 
 
 def token_similarity(
@@ -68,9 +69,7 @@ def token_similarity(
     needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     chosen = choose_backend(backend, a.device, (a.dtype,))
     args = (_rows(a), _rows(b), index_a, index_b, weights_a, weights_b, normalize, needs_grad, chosen)
-    # The dispatcher costs more than the kernel, so eager calls without gradients go past it.
-    run = torch.ops.mtedit_fast.token_similarity if needs_grad or torch.compiler.is_compiling() else _forward
-    return run(*args)[0]
+    return _op(*args)[0]
 
 
 def _check(
@@ -270,18 +269,13 @@ def _forward(
     return similarity, similarity.new_empty(0) if slopes is None else slopes
 
 
-_op = torch.library.custom_op("mtedit_fast::token_similarity", _forward, mutates_args=(), device_types=("cpu", "cuda"))
-
-
-@_op.register_fake
-def _(a: Tensor, b: Tensor, index_a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake(a: Tensor, b: Tensor, index_a: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     want_slopes, count, dtype = others[-2], index_a.shape[0], _compute_dtype(a)
     shape = (count, 2, a.shape[2]) if want_slopes else (0,)
     return a.new_empty(count, dtype=dtype), a.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("mtedit_fast::token_similarity_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _backward_op(
+def _backward(
     tokens: Tensor,
     index: Tensor,
     weights: Tensor | None,
@@ -294,11 +288,6 @@ def _backward_op(
     return _implementation(backend)[1](tokens, index, weights, similarity, slope, grad.contiguous(), normalize)
 
 
-@_backward_op.register_fake
-def _(tokens: Tensor, *others: Any) -> Tensor:
-    return tokens.new_empty(tokens.shape)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, normalize, _, backend = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -309,12 +298,12 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     a, b, index_a, index_b, weights_a, weights_b, similarity, slopes = ctx.saved_tensors
     sides = ((a, index_a, weights_a), (b, index_b, weights_b))
     grads = [
-        torch.ops.mtedit_fast.token_similarity_backward(*side, similarity, slopes[:, i], grad, *ctx.options)
-        if ctx.needs_input_grad[i]
-        else None
+        _backward_op(*side, similarity, slopes[:, i], grad, *ctx.options) if ctx.needs_input_grad[i] else None
         for i, side in enumerate(sides)
     ]
-    return *grads, *[None] * 7
+    return tuple(grads)
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_op = Operator("token_similarity", _forward, _fake)
+_op.differentiate(_autograd, _setup_context, inputs=2)
+_backward_op = Operator("token_similarity_backward", _backward, lambda tokens, *_: tokens.new_empty(tokens.shape))

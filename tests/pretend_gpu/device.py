@@ -14,7 +14,7 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mtedit_fast.ops import _backend
+from mtedit_fast.ops import _backend, _operator
 from pretend_gpu import tensors
 from pretend_gpu.tensors import OnGPU, Pretend, bare, state
 
@@ -154,6 +154,7 @@ def pretend(kernels: bool) -> None:
     torch.utils._device._device_constructors()  # keeps a list of them, in which the real one belongs
     tensor = torch.tensor  # reads what it is given without asking
     torch.tensor = lambda data, *args, **kwargs: tensor(tree_map_only(OnGPU, OnGPU.tolist, data), *args, **kwargs)  # type: ignore[assignment]
+    _operator.is_in_torch_dispatch_mode = lambda: False  # a GPU that does not pretend needs no mode
     _interpret()
     _without(("cuda",) if kernels else ("cuda", "triton"))
     _enter()
