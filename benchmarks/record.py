@@ -72,9 +72,20 @@ def made(kind: type, columns: Mapping[str, Any]) -> Any:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return processor_name(lines) or platform.processor() or platform.machine()
+
+
+def processor_name(cpuinfo: Iterable[str]) -> str | None:
+    """With family and model where it has them: virtual machines name processors alike that differ by two times."""
+    first: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in cpuinfo):
+        first.setdefault(key.strip(), value.strip())
+    name, family, model = (first.get(key) for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})" if name and family and model else name
 
 
 def commit() -> str:

@@ -61,9 +61,11 @@ def train(
     your own. A run that was stopped goes on where it was. TensorBoard: tensorboard --logdir OUTPUT_DIR.
     """
     from mtedit_fast.training.config_file import load_config
+
+    loaded = load_config(config, overrides or [])  # before what takes seconds to import, so that a typo is told at once
     from mtedit_fast.training.run import train as run
 
-    run(load_config(config, overrides or []))
+    run(loaded)
 
 
 @app.command()
@@ -74,9 +76,11 @@ def memory(
 ) -> None:
     """Estimate the memory that CONFIG takes on each GPU: nothing is downloaded and no GPU is needed."""
     from mtedit_fast.training.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
     from mtedit_fast.training.memory import estimate
 
-    Console().print(estimate(load_config(config, overrides or []), gpus).table())
+    Console().print(estimate(loaded, gpus).table())
 
 
 @app.command()

@@ -52,9 +52,11 @@ def train(
     thought is what sft and tract imitate. A run that was stopped goes on where it was.
     """
     from mtedit_fast.training.judge.config import load_judge_config
+
+    loaded = load_judge_config(config, overrides or [])
     from mtedit_fast.training.judge.run import train as run
 
-    run(load_judge_config(config, overrides or []))
+    run(loaded)
 
 
 @judge_app.command("eval")

@@ -27,20 +27,22 @@ def teacher(config: ConfigArgument, overrides: Overrides = None) -> None:
     GPUs: torchrun --nproc-per-node 8 -m mtedit_fast rsd teacher CONFIG.
     """
     from mtedit_fast.training.onestep.config import load_onestep_config
+
+    loaded, console = load_onestep_config(config, overrides or []), Console()
     from mtedit_fast.training.onestep.run import train_teacher
 
-    console = Console()
-    console.print(f"teacher: {train_teacher(load_onestep_config(config, overrides or []), console)}", markup=False)
+    console.print(f"teacher: {train_teacher(loaded, console)}", markup=False)
 
 
 @rsd_app.command()
 def distill(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Distil OUTPUT_DIR/teacher into a one-step generator, OUTPUT_DIR/student: SiD, or the baselines DMD and SDS."""
     from mtedit_fast.training.onestep.config import load_onestep_config
+
+    loaded, console = load_onestep_config(config, overrides or []), Console()
     from mtedit_fast.training.onestep.run import distill as run
 
-    console = Console()
-    console.print(f"student: {run(load_onestep_config(config, overrides or []), console)}", markup=False)
+    console.print(f"student: {run(loaded, console)}", markup=False)
 
 
 @rsd_app.command()

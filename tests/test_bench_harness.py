@@ -16,6 +16,7 @@ import bench_sde_step
 import command
 import harness
 import op_bench
+import record
 
 CUDA = torch.device("cuda", 0)
 
@@ -108,3 +109,16 @@ def test_large_fp32_heads_are_measured_where_they_are_asked_for(monkeypatch):
         ("1024x8x50", "bf16"), ("256x8x50", "bf16"), ("256x8x50", "fp32"),
     ]  # fmt: skip
     assert jobs(bench_digit_score.BENCH, *options, "--dtype", "fp32") == [("1024x8x50", "fp32"), ("256x8x50", "fp32")]
+
+
+def test_processors_that_are_named_alike_are_told_apart():
+    milan, turin = (
+        ["processor\t: 0", f"cpu family\t: {family}", f"model\t\t: {model}", "model name\t: AMD EPYC", "stepping\t: 1"]
+        for family, model in ((25, 1), (26, 2))
+    )
+    second = ["", "processor\t: 1", "cpu family\t: 6", "model name\t: another"]
+    assert record.processor_name(milan + second) == "AMD EPYC (family 25, model 1)"
+    assert record.processor_name(turin) == "AMD EPYC (family 26, model 2)"
+    assert record.processor_name(["model name\t: Cortex"]) == "Cortex"
+    assert record.processor_name(["processor\t: 0", "CPU implementer\t: 0x41"]) is None
+    assert record.device_name(torch.device("cpu"))

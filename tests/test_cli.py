@@ -1,6 +1,7 @@
 """The command: the demo and a user's own data end to end, and errors that fit in a line."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -243,3 +244,15 @@ def test_edival_with_models_of_ones_own(monkeypatch, tmp_path, capsys, checkpoin
         shown = " ".join(capsys.readouterr().err.split())
         assert "403" in shown
         assert "see to the server and run the command again" in shown
+
+
+@pytest.mark.parametrize("command", ["train", "memory"])
+def test_a_typo_is_told_before_anything_slow_is_imported(command):
+    script = (
+        "import sys\nfrom mtedit_fast import cli\nsys.argv = ['mtedit-fast', *sys.argv[1:]]\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    print(stop.code, 'diffusers' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", script, command, "demo", "rollout.group_sise=8"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert "did you mean 'group_size'?" in done.stderr
