@@ -17,8 +17,8 @@ class Operator:
         name: of the operator.
         forward: tensors and options to tensors that alias none of them, annotated with types.
         fake: the same, of shapes alone.
-        keeps_memory: it makes something once per device, which the graphs of torch.compile's mode="reduce-overhead"
-            do not allow: what outlives a call.
+        keeps_memory: whether it makes something once per device and keeps it. The graphs of torch.compile's
+            mode="reduce-overhead" do not allow what outlives a call.
     """
 
     def __init__(
@@ -75,6 +75,6 @@ class Operator:
             return self.overload(*args)
         inputs = args[: self.inputs]
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            # The overload of what has no gradient, a gradient itself as a rule, is what says so in its own backward.
+            # What has no gradient, as a backward of ours, goes through the overload: that raises where one is asked for.
             return self.overload(*args) if self.eager is None else self.eager.apply(*args)
         return self.forward(*args)
