@@ -75,6 +75,6 @@ class Operator:
             return self.overload(*args)
         inputs = args[: self.inputs]
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            # What has no gradient, as a backward of ours, goes through the overload: that raises where one is asked for.
+            # What has no gradient, as our backwards, goes through the overload: it raises where one is asked for.
             return self.overload(*args) if self.eager is None else self.eager.apply(*args)
         return self.forward(*args)
