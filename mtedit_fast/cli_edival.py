@@ -153,7 +153,9 @@ def decompose_command(
 @edival_app.command("instruct")
 def instruct_command(
     objects: Annotated[Path, typer.Argument(help="JSONL from `mtedit-fast edival decompose`")],
-    output: Annotated[Path, typer.Option(help="CSV in EdiVal-Bench's format")],
+    output: Annotated[
+        Path, typer.Option(help="a .csv in EdiVal-Bench's format, or a .jsonl that `mtedit-fast train` reads")
+    ],
     turns: Annotated[int, typer.Option(help="instructions per image")] = 3,
     seed: Annotated[int, typer.Option(help="of the drawn chains")] = 0,
     values: Annotated[
@@ -169,25 +171,34 @@ def instruct_command(
 
     Every turn draws a type not yet used; what cannot be done becomes an addition. New objects, colours, materials,
     texts and backgrounds come from lists, or with --vlm from a model that sees the image, and from the lists where its
-    answer does not serve. An image without objects is left out.
+    answer does not serve. An image without objects is left out. A .jsonl is the data of a training: its lines also say
+    what every turn is to keep, which the reward mtedit_fast.training.consistency_reward:content_consistency reads.
     """
-    from mtedit_fast.edival.benchmark import BenchmarkRow, write_benchmark
+    from mtedit_fast.edival.benchmark import BenchmarkRow, write_benchmark, write_chains
+
+    if output.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"output: expected a name ending in .csv or .jsonl, got {output}")
 
     console = Console()
     chain_of = load_instructor(playground, values, vlm, vlm_model, vlm_api_key)
-    rows, skipped = [], []
+    rows, skipped, files = [], [], {}
     with vlm_errors():
         for line in _read_lines(objects):
+            files[line["image_index"]] = file = objects.parent / line["image"]
             scene = {o.key: o for o in map(_scene_object, line["objects"])}
             rng = Random(f"{seed}/{line['image_index']}")
             try:
                 if not scene:
                     raise ValueError("no objects")
-                chain = chain_of(objects.parent / line["image"], scene, turns, rng)
+                chain = chain_of(file, scene, turns, rng)
                 rows.append(BenchmarkRow.of(line["image_index"], chain))
             except ValueError as error:
                 skipped.append(f"skipped {line['image_index']}: {error}")
-    write_benchmark(output, rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".csv":
+        write_benchmark(output, rows)
+    else:
+        write_chains(output, rows, files)
     for note in skipped:
         console.print(note, markup=False)
     console.print(f"{len(rows)} images with {turns} turns each in {output}, {len(skipped)} skipped")

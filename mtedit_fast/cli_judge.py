@@ -186,7 +186,7 @@ def _prompt(model: str, scale: str | None, thinking: bool | None) -> JudgePrompt
 def _data(path: Path, prompt: JudgePrompt, console: Console, *, scored: bool = True, skip: bool = False) -> JudgeData:
     from mtedit_fast.training.judge.data import JudgeData
 
-    data = JudgeData(path, prompt.answers, scored=scored, skip_unreadable=skip)
+    data = JudgeData(path, prompt.answers, scored=scored, skip_unreadable=skip, name="data")
     for name, reason in data.skipped.items():
         console.print(f"skipped {name}: {reason}", markup=False)
     return data

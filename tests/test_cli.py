@@ -6,9 +6,11 @@ import sys
 
 import pytest
 from tiny import tiny_editor
+from tiny_detector import tiny_detector, tiny_tokenizer
 
 from mtedit_fast import cli
 from mtedit_fast.training.playground.data import write_dataset
+from mtedit_fast.training.playground.models import load_dino
 
 SHORT = ["rollout.groups_per_iteration=2", "rollout.group_size=4", "evaluation.chains=6"]
 
@@ -68,6 +70,8 @@ def test_train_on_a_users_folder_with_a_reward_of_their_own(monkeypatch, tmp_pat
         (["demo", "rollout.group_sise=4"], "did you mean 'group_size'"),
         (["demo", "model.path=./nowhere"], "expected a pipeline folder"),
         (["demo", "--control", "sometimes"], "run.control"),
+        (["demo", "rewards.0.path=no_such:fn"], "reward path 'no_such:fn': cannot import no_such"),
+        (["demo", "evaluation.success=math:sqr"], "math has no 'sqr'; did you mean 'sqrt'?"),
         (["report", "nowhere"], "summary.json: missing"),
     ],
 )
@@ -141,10 +145,11 @@ def test_edival_demo_and_its_steps_one_by_one(monkeypatch, tmp_path, capsys):
         (["evaluate", "--images", "i", "--bench", "b.csv", "--output", "o"], "bench: no file b.csv"),
         (["evaluate", "--images", "i", "--bench", "here", "--output", "o"], "must have the columns"),
         (["edival", "decompose", ".", "--output", "o"], "images: no .png"),
-        (["edival", "instruct", "nowhere", "--output", "o"], "objects: no file nowhere"),
-        (["edival", "instruct", "here", "--output", "o"], "here:1: not a line of `mtedit-fast edival decompose`"),
-        (["edival", "instruct", "none", "--output", "o", "--values", "here"], "values: here is not JSON"),
-        (["edival", "instruct", "none", "--output", "o", "--values", "list"], "must be an object of lists"),
+        (["edival", "instruct", "nowhere", "--output", "o.csv"], "objects: no file nowhere"),
+        (["edival", "instruct", "nowhere", "--output", "o"], "output: expected a name ending in .csv or .jsonl, got o"),
+        (["edival", "instruct", "here", "--output", "o.csv"], "here:1: not a line of `mtedit-fast edival decompose`"),
+        (["edival", "instruct", "none", "--output", "o.csv", "--values", "here"], "values: here is not JSON"),
+        (["edival", "instruct", "none", "--output", "o.csv", "--values", "list"], "must be an object of lists"),
         (["edival", "leaderboard", "."], "report.json: missing"),
     ],
 )
@@ -182,16 +187,8 @@ def test_models_of_edival_are_asked_for_in_time(monkeypatch, tmp_path, capsys):
 @pytest.fixture
 def checkpoints(tmp_path):
     """A tiny random Grounding DINO and the playground's DINO as folders that `from_pretrained` opens."""
-    from test_edival_grounding import tiny
-    from transformers import BertTokenizerFast
-
-    from mtedit_fast.training.playground.models import load_dino
-
-    special = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-    names = {i: token for token, i in special.items()}
-    vocabulary = [names.get(i, f"[unused{i}]") for i in range(1030)] + ["dog", "cat", "kite"]
-    BertTokenizerFast(vocab={token: i for i, token in enumerate(vocabulary)}).save_pretrained(tmp_path / "detector")
-    tiny("grounding-dino").save_pretrained(tmp_path / "detector")
+    tiny_tokenizer(("dog", "cat", "kite")).save_pretrained(tmp_path / "detector")
+    tiny_detector("grounding-dino").save_pretrained(tmp_path / "detector")
     load_dino().save_pretrained(tmp_path / "dino")
     return ["--detector", tmp_path / "detector"], ["--dino", tmp_path / "dino"]
 

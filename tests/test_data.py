@@ -103,6 +103,8 @@ def test_bad_lines_are_named(folder, bad, message):
 def test_bad_files_are_named(folder):
     with pytest.raises(ValueError, match=r"data\.path: no file .*nothing\.jsonl"):
         EditChains(folder / "nothing.jsonl", turns=1, resolution=8)
+    with pytest.raises(ValueError, match=r"^evaluation\.path: no file .*nothing\.jsonl"):
+        EditChains(folder / "nothing.jsonl", turns=1, resolution=8, name="evaluation.path")
     with pytest.raises(ValueError, match=r"chains\.jsonl: expected at least one chain"):
         EditChains(write(folder, [""]), turns=1, resolution=8)
     (folder / "images" / "1.png").write_bytes(b"no image")

@@ -3,72 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertTokenizerFast,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    GroundingDinoImageProcessorPil,
-    MMGroundingDinoConfig,
-    MMGroundingDinoForObjectDetection,
-    SwinConfig,
-)
+from tiny_detector import tiny_detector, tiny_tokenizer
+from transformers import BertConfig, GroundingDinoImageProcessorPil
 from transformers.models.grounding_dino.processing_grounding_dino import GroundingDinoProcessor
 
 from mtedit_fast.edival.grounding import GroundingDetector
 
-WORDS = ("red", "blue", "metal", "circle", "square", "sign", "a", "##s")
-
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    # the model knows the marks that close a phrase by BERT's ids: [CLS] 101, [SEP] 102, "." 1012, "?" 1029
-    vocabulary = [f"[unused{i}]" for i in range(1030)]
-    for token, i in {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}.items():
-        vocabulary[i] = token
-    vocabulary += WORDS
-    return BertTokenizerFast(vocab={token: i for i, token in enumerate(vocabulary)})
-
-
-def tiny(kind):
-    torch.manual_seed(0)
-    config, model = {
-        "grounding-dino": (GroundingDinoConfig, GroundingDinoForObjectDetection),
-        "mm-grounding-dino": (MMGroundingDinoConfig, MMGroundingDinoForObjectDetection),
-    }[kind]
-    made = model(
-        config(
-            backbone_config=SwinConfig(
-                image_size=32,
-                embed_dim=8,
-                depths=[1, 1, 1, 1],
-                num_heads=[1, 1, 2, 2],
-                window_size=4,
-                out_indices=[2, 3, 4],
-            ),
-            text_config=BertConfig(
-                vocab_size=1040, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-            ),
-            num_queries=9,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-            max_text_len=24,
-        )
-    ).eval()
-    for parameter in made.parameters():  # scores that spread over (0, 1)
-        if parameter.ndim > 1:
-            parameter.data.mul_(3)
-    return made
+def tokenizer():
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module", params=["grounding-dino", "mm-grounding-dino"])
 def model(request):
-    return tiny(request.param)
+    return tiny_detector(request.param)
 
 
 QUERIES = ["red metal circle", "Blue square. a sign", "circles"]
@@ -139,7 +88,9 @@ def test_a_batch_equals_one_by_one(model, tokenizer, batch_size):
 @pytest.mark.parametrize(("height", "width"), [(45, 61), (61, 45), (20, 90), (48, 48)])
 def test_images_are_prepared_as_transformers_prepares_them(tokenizer, height, width):
     levels = (images(1, height, width) * 255).round()
-    ours = GroundingDetector(tiny("grounding-dino"), tokenizer, shortest_edge=48, longest_edge=80)._pixels(levels / 255)
+    ours = GroundingDetector(tiny_detector("grounding-dino"), tokenizer, shortest_edge=48, longest_edge=80)._pixels(
+        levels / 255
+    )
     processor = GroundingDinoImageProcessorPil(size={"shortest_edge": 48, "longest_edge": 80})
     picture = levels[0].permute(1, 2, 0).to(torch.uint8).numpy()
     truth = torch.from_numpy(np.asarray(processor(picture)["pixel_values"][0]))
@@ -151,7 +102,7 @@ def test_bfloat16_and_a_text_of_dots(model, tokenizer):
     detector = GroundingDetector(model, tokenizer, shortest_edge=48)
     plain, dotted = (detector.detect(images(1), [q], box_threshold=0.0)[0] for q in ("red sign", " RED sign. "))
     torch.testing.assert_close(plain.scores, dotted.scores, rtol=0, atol=0)
-    half = GroundingDetector(tiny(model.config.model_type).bfloat16(), tokenizer, shortest_edge=48)
+    half = GroundingDetector(tiny_detector(model.config.model_type).bfloat16(), tokenizer, shortest_edge=48)
     found = half.detect(images(1).bfloat16(), ["red sign"], box_threshold=0.0)[0]
     assert found.boxes.dtype == found.scores.dtype == torch.float32
 

@@ -113,7 +113,7 @@ def test_names_of_judges(model, name):
     ("arguments", "message"),
     [
         (["train", "missing.yaml"], "no file missing.yaml"),
-        (["eval", "a", "--data", "missing.jsonl"], r"data\.path: no file missing\.jsonl"),
+        (["eval", "a", "--data", "missing.jsonl"], r"^data: no file missing\.jsonl"),
         (["eval", "TINY", "x=TINY", "tiny=TINY", "--data", "DATA"], "MODEL: expected distinct names, got"),
         (["eval", "TINY", "--data", "DATA", "--scale", "1-7"], "scale must be one of"),
         (

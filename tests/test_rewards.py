@@ -2,14 +2,18 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mtedit_fast.training import config as module_of_config
 from mtedit_fast.training.config import RewardConfig
-from mtedit_fast.training.rewards import RewardBatch, RewardStream, load_reward, score
+from mtedit_fast.training.config_file import load_config
+from mtedit_fast.training.rewards import RewardBatch, RewardStream, check_rewards, load_reward, score
 
+CONFIGS = Path(module_of_config.__file__).parent / "configs"
 MODULE = """
 import numpy as np, torch
 NUMBER = 3
@@ -93,6 +97,26 @@ def test_wrong_paths(path, message):
 
 def test_installed_rewards_load_too():
     assert load_reward("math:sqrt") is math.sqrt
+
+
+@pytest.mark.usefixtures("module")
+def test_options_are_compared_with_what_a_reward_takes():
+    plain = RewardConfig(name="plain", path="my_rewards:brightness")
+    check_rewards([plain, RewardConfig(name="c", path="builtins:max", options={"key": len})])  # has no signature
+    with pytest.raises(
+        ValueError, match=r"reward 'plain' \(my_rewards:brightness\): options: .*'gain'; it takes \(batch"
+    ):
+        check_rewards([plain, plain.model_copy(update={"options": {"gain": 2}})])
+    judge = RewardConfig(name="judge", path="mtedit_fast.training.judge_reward:instruction_following")
+    with pytest.raises(ValueError, match=r"reward 'judge' .* options: missing a required.*'path'"):
+        check_rewards([judge])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_lora.yaml")) + sorted(CONFIGS.glob("*_*gpu.yaml")))
+def test_rewards_of_the_shipped_configurations_exist(path):
+    rewards = load_config(path).rewards
+    assert [reward.name for reward in rewards] == ["instruction_following", "content_consistency"]
+    check_rewards(rewards)
 
 
 def test_batch_shapes_are_checked(batch):

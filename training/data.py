@@ -42,26 +42,34 @@ class EditChains:
 
     path: one object per line: `id` (unique text), `image` (a path relative to the file), `instructions` (a list of at
     least `turns` texts, of which the first `turns` are used), `objects` (optional: a list of names per turn). Other
-    keys are kept in `Record.extra`. resolution: pixels, a side or (height, width).
+    keys are kept in `Record.extra`. resolution: pixels, a side or (height, width). name: of the path, for errors.
     ValueError names file, line, key and what was expected.
     """
 
-    def __init__(self, path: str | Path, *, turns: int, resolution: int | tuple[int, int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        turns: int,
+        resolution: int | tuple[int, int],
+        seed: int = 0,
+        name: str = "data.path",
+    ) -> None:
         self.path = Path(path)
         self.turns = turns
         self.size = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.seed = seed
         if not self.path.is_file():
-            raise ValueError(f"data.path: no file {self.path}; expected JSONL of {{id, image, instructions}}")
+            raise ValueError(f"{name}: no file {self.path}; expected JSONL of {{id, image, instructions}}")
         self._lines: list[tuple[str, dict[str, Any]]] = []  # (file:line, object)
         seen: dict[str, str] = {}
         for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
             if text.strip():
                 where = f"{self.path}:{number}"
                 line = self._check(where, text)
-                if (name := line["id"]) in seen:
-                    raise ValueError(f"{where}: id: expected a unique text, {name!r} is already at {seen[name]}")
-                seen[name] = where
+                if (chain := line["id"]) in seen:
+                    raise ValueError(f"{where}: id: expected a unique text, {chain!r} is already at {seen[chain]}")
+                seen[chain] = where
                 self._lines.append((where, line))
         if not self._lines:
             raise ValueError(f"{self.path}: expected at least one chain, the file is empty")

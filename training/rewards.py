@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,25 @@ def load_reward(path: str) -> Reward:
     if not callable(function):
         raise ValueError(f"reward path {path!r}: expected a function, got {type(function).__name__}")
     return function
+
+
+def check_rewards(rewards: Sequence[RewardConfig]) -> None:
+    """Import every reward and compare its options with what it takes: before hours of loading and sampling, not after.
+
+    ValueError names the reward, and what cannot be imported or which option it has not.
+    """
+    for reward in rewards:
+        function = load_reward(reward.path)
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # a function in C that does not say
+            continue
+        try:
+            signature.bind(None, **reward.options)
+        except TypeError as error:
+            raise ValueError(
+                f"reward {reward.name!r} ({reward.path}): options: {error}; it takes {signature}"
+            ) from None
 
 
 class RewardStream:

@@ -24,6 +24,7 @@ from mtedit_fast.training.evaluation import Evaluation
 from mtedit_fast.training.overoptimization import audit
 from mtedit_fast.training.plots import edit_grid
 from mtedit_fast.training.report import read_metrics, success_summary, write_report
+from mtedit_fast.training.rewards import check_rewards, load_reward
 from mtedit_fast.training.trainer import Trainer
 
 GRID_ROWS = 8
@@ -70,11 +71,14 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     main = state.is_main_process
     console = console or Console(quiet=not main)
     start = time.perf_counter()
+    check_rewards(config.rewards)
+    if config.evaluation.success is not None:
+        load_reward(config.evaluation.success)
     resolution, turns, seed = config.data.size, config.rollout.turns, config.run.seed
     chains = EditChains(config.data.path, turns=turns, resolution=resolution, seed=seed)
     held_out = None
     if config.evaluation.path is not None:
-        held_out = EditChains(config.evaluation.path, turns=turns, resolution=resolution)
+        held_out = EditChains(config.evaluation.path, turns=turns, resolution=resolution, name="evaluation.path")
     editor = load_editor(config, state.device if torch.cuda.is_available() else "cpu")
     trainer = Trainer(editor, chains, config, held_out)
     output = trainer.output_dir

@@ -1,7 +1,7 @@
 """EdiVal: what a multi-turn edit kept and what it changed."""
 
 from .backends import VLM, Detection, Detector, Quality, Question
-from .benchmark import BenchmarkRow, RowError, read_benchmark, write_benchmark
+from .benchmark import BenchmarkRow, RowError, read_benchmark, write_benchmark, write_chains
 from .consistency import Consistency, ContentConsistency
 from .grounding import GroundingDetector
 from .instructions import TYPES, Instruction, instruct
@@ -34,4 +34,5 @@ __all__ = [
     "parse_objects",
     "read_benchmark",
     "write_benchmark",
+    "write_chains",
 ]

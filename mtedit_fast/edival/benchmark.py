@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +144,25 @@ def write_benchmark(path: str | Path, rows: Iterable[BenchmarkRow]) -> None:
                         row.all_objects[k - 1],
                     )
                 )
+
+
+def write_chains(path: str | Path, rows: Iterable[BenchmarkRow], images: Mapping[str, Path]) -> None:
+    """Writes images as `mtedit-fast train` reads them: a JSON line per chain, with what every turn is to keep.
+
+    images: the file of each image_index, written relative to `path`.
+    """
+    with Path(path).open("w", encoding="utf-8") as file:
+        for row in rows:
+            line = {
+                "id": row.image_index,
+                "image": os.path.relpath(images[row.image_index], Path(path).parent),
+                "instructions": row.raw_instructions,
+                "types": [instruction.type for instruction in row.instructions],
+                "unchanged_objects": row.unchanged,
+                "all_objects": row.all_objects,
+                "bg_consistency": row.background_consistent,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:

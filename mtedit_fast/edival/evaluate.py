@@ -15,11 +15,11 @@ from torch import Tensor
 
 from mtedit_fast.progress import progress_bar
 
-from .backends import VLM, Detection, Detector, Quality
+from .backends import VLM, Detector, Quality
 from .benchmark import BenchmarkRow, RowError
 from .checks import CheckConfig, Turn, check_turns
 from .consistency import ContentConsistency
-from .finding import Find, Finder, query_for
+from .finding import Finder, find_chains
 from .images import UnreadableImage
 from .statistics import ChainScores, summarize
 
@@ -182,18 +182,13 @@ def _consistency(
     """Score, object and background part of every chain, turn by turn."""
     if consistency is None:
         return [(_nothing(row), _nothing(row), _nothing(row)) for row, _ in chains]
-    finds = [
-        find
-        for at, (row, _) in zip(first, chains, strict=True)
-        for t in range(len(row.instructions))
-        for find in (
-            _find(at, row.unchanged[t], config),
-            _find(at, row.all_objects[t], config),
-            _find(at + t + 1, row.all_objects[t], config),
-        )
-    ]
-    found = iter(_boxes(finder, finds))
-    boxes = [[[next(found) for _ in range(3)] for _ in row.instructions] for row, _ in chains]
+    boxes = find_chains(
+        finder,
+        [range(at, at + len(row.instructions) + 1) for at, (row, _) in zip(first, chains, strict=True)],
+        [row.unchanged for row, _ in chains],
+        [row.all_objects for row, _ in chains],
+        threshold=config.object_threshold,
+    )
     alike: dict[tuple[int, ...], list[int]] = {}
     for i, (row, chain) in enumerate(chains):
         alike.setdefault((len(row.instructions), *chain.shape[1:]), []).append(i)
@@ -205,31 +200,15 @@ def _consistency(
         parts = consistency(
             stacked[:, 0],
             stacked[:, 1:],
-            [
-                [
-                    found if names else None
-                    for names, (found, _, _) in zip(chains[i][0].unchanged, boxes[i], strict=True)
-                ]
-                for i in same
-            ],
+            [boxes.unchanged[i] for i in same],
             # what is cut out of the background differs from turn to turn in the first image, too
             [torch.zeros(0, 4)] * len(same),
-            [[torch.cat([before, after]) for _, before, after in boxes[i]] for i in same],
+            [boxes.covered[i] for i in same],
             background_changed=~torch.tensor([chains[i][0].background_consistent for i in same]),
         )
         for i, score, of_objects, of_background in zip(same, *parts, strict=True):
             results[i] = _listed(score), _listed(of_objects), _listed(of_background)
     return [results[i] for i in range(len(chains))]
-
-
-def _find(image: int, names: Sequence[str], config: EvaluationConfig) -> Find | None:
-    return Find(image, ". ".join(map(query_for, names)), config.object_threshold) if names else None
-
-
-def _boxes(finder: Finder, finds: Sequence[Find | None]) -> list[Tensor]:
-    found = iter(finder.find([find for find in finds if find is not None]))
-    empty = Detection(torch.zeros(0, 4), torch.zeros(0), [])
-    return [(empty if find is None else next(found)).boxes for find in finds]
 
 
 def _chain(row: BenchmarkRow, images: Mapping[str, Tensor]) -> Tensor:

@@ -45,6 +45,51 @@ class Finder:
         return [_above(self.found[f.image, f.query], f.threshold) for f in requests]
 
 
+class ChainBoxes(NamedTuple):
+    """Boxes (cx, cy, w, h) [n, 4] that content consistency is computed from, [b][k] each."""
+
+    unchanged: list[list[Tensor | None]]
+    """In the first image, of what nobody has edited up to turn k; None where there is nothing left of it."""
+    covered: list[list[Tensor]]
+    """Of all objects, in the first image and in that after turn k."""
+
+
+def find_chains(
+    finder: Finder,
+    chains: Sequence[Sequence[int]],
+    unchanged: Sequence[Sequence[Sequence[str]]],
+    all_objects: Sequence[Sequence[Sequence[str]]],
+    *,
+    threshold: float,
+) -> ChainBoxes:
+    """The objects of chains of edits, all asked for at once.
+
+    chains: [b] indices of K + 1 of the finder's images, the first and that after every turn. unchanged, all_objects:
+    [b][k] names.
+    """
+    named = list(zip(chains, unchanged, all_objects, strict=True))
+
+    def request(image: int, names: Sequence[str]) -> Find:
+        return Find(image, ". ".join(map(query_for, names)), threshold)
+
+    def boxes(image: int, names: Sequence[str]) -> Tensor:
+        return finder.find([request(image, names)])[0].boxes if names else torch.zeros(0, 4)
+
+    asked = [(first, names) for (first, *_), kept, everything in named for names in (*kept, *everything)]
+    asked += [each for (_, *later), _, everything in named for each in zip(later, everything, strict=True)]
+    finder.find([request(image, names) for image, names in asked if names])  # together; what follows looks them up
+    return ChainBoxes(
+        [[boxes(first, names) if names else None for names in kept] for (first, *_), kept, _ in named],
+        [
+            [
+                torch.cat([boxes(first, names), boxes(image, names)])
+                for image, names in zip(later, everything, strict=True)
+            ]
+            for (first, *later), _, everything in named
+        ],
+    )
+
+
 def query_for(name: str) -> str:
     """What a detector is asked for: lower case, without the full stops that separate names."""
     return " ".join(name.replace(".", " ").lower().split())

@@ -53,6 +53,7 @@ class JudgeData:
     `JudgeExample.line`.
     scale: that scores must be on. scored: every example must have a score. complete: of every turn. thoughts: every
     example must have one. skip_unreadable: leave examples with missing or broken images out, counted in `skipped`.
+    name: of the path, for errors.
     ValueError names file, line, key and what was expected.
     """
 
@@ -66,13 +67,14 @@ class JudgeData:
         thoughts: bool = False,
         skip_unreadable: bool = False,
         seed: int = 0,
+        name: str = "data.path",
     ) -> None:
         self.path, self.scale, self.seed = Path(path), scale, seed
         self._scored, self._complete, self._thoughts = scored or complete, complete, thoughts
         self._cache: dict[Path, Tensor] = {}
         self._room, self._lock = CACHE_BYTES, Lock()
         if not self.path.is_file():
-            raise ValueError(f"data.path: no file {self.path}; expected JSONL of {FORMAT}")
+            raise ValueError(f"{name}: no file {self.path}; expected JSONL of {FORMAT}")
         examples: list[JudgeExample] = []
         seen: dict[str, str] = {}
         for number, text in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):

@@ -33,7 +33,7 @@ def load_data(config: JudgeConfig) -> tuple[JudgeData, JudgeData | None]:
     )
     held_out = None
     if config.evaluation.path is not None:
-        held_out = JudgeData(config.evaluation.path, scale, skip_unreadable=skip)
+        held_out = JudgeData(config.evaluation.path, scale, skip_unreadable=skip, name="evaluation.path")
     return data, held_out
 
 
