@@ -13,7 +13,7 @@ from peers.replay_loop import replay_loop
 from peers.rollout_loop import to_pil
 from torch import Tensor
 
-from mtedit_fast.editors.speed import repeatable_attention
+from mtedit_fast.attention import without_cudnn_attention
 from mtedit_fast.ops import sde_step, seeded_noise
 from mtedit_fast.rollout import Trajectories, replay, rollout, sample_seeds, turn_seeds
 from mtedit_fast.training import nft
@@ -95,7 +95,7 @@ def first_drift(setup: Setup) -> float:
     editor, settings = trainer.sample.editor, trainer.sample.settings(trainer.iteration)
     one = replace(settings, group_size=settings.micro_batch)
     references, seeds = record.image[None].to(setup.case.device), sample_seeds(0, 0, one.group_size)
-    with repeatable_attention():
+    with without_cudnn_attention():
         trajectories = rollout(editor, references, [record.instructions[:1]], one, seeds)
         found = replay(trainer.editor, trajectories, slice(0, one.group_size), 0, 0, return_mean=False).log_prob
     assert found is not None

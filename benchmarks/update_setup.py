@@ -11,6 +11,7 @@ import bench_adapters
 import torch
 from torch import Tensor
 
+from mtedit_fast.attention import without_cudnn_attention
 from mtedit_fast.editors import Condition, KontextEditor
 from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
 from mtedit_fast.training.nft import NFT
@@ -131,7 +132,10 @@ class Setup:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-        with torch.compiler.set_stance("force_eager"):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            without_cudnn_attention(),
+        ):  # as what is replayed exactly is sampled
             self.trajectories = self.rolled_out()
         self.trajectories.raise_if_not_finite()
         generator = torch.Generator().manual_seed(2)

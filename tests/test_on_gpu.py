@@ -15,8 +15,8 @@ from test_judge_huggingface import FAMILIES, PROMPT, TOKENIZER
 from tiny import tiny_editor
 from tiny_train import tiny_config
 
+from mtedit_fast.attention import without_cudnn_attention
 from mtedit_fast.editors.graphs import GraphedEditor
-from mtedit_fast.editors.speed import repeatable_attention
 from mtedit_fast.edival import ContentConsistency
 from mtedit_fast.inference_time.align import align_edit
 from mtedit_fast.inference_time.beam_search import beam_search
@@ -206,15 +206,17 @@ def waits(batch):
     return batch.edits.mean((2, 3, 4))
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("objective", ["grpo", "nft"])
-def test_bf16_trains_and_grpo_replays_exactly(tmp_path, objective):
+def test_bf16_trains_and_grpo_replays_exactly(tmp_path, objective, checkpointing):
     write_dataset(tmp_path / "data", 6, turns=2)
-    config = tiny_config(tmp_path, [f"objective.name={objective}", "run.iterations=1"])
+    options = [f"objective.name={objective}", "run.iterations=1", f"model.activation_checkpointing={checkpointing}"]
+    config = tiny_config(tmp_path, options)
     editor = tiny_editor(torch.bfloat16)
     trainer = Trainer(editor, EditChains(config.data.path, turns=2, resolution=64), config)
     trajectories, _ = trainer.sample(trainer.chains.batch(0, 2), iteration=0)
     if objective == "grpo":
-        with repeatable_attention():
+        with without_cudnn_attention():
             with torch.no_grad():
                 before = replay(editor, trajectories, slice(0, 4), 1, 0).log_prob
             after = replay(editor, trajectories, slice(0, 4), 1, 0).log_prob  # with gradient

@@ -157,6 +157,23 @@ def test_compact_grpo_has_the_exact_gradient_and_reports_the_drift(tmp_path):
     assert close(gradients(compact, batch_of(compact))[0], gradients(exact, batch_of(exact))[0], 1e-4)
 
 
+@pytest.mark.parametrize("forward_rows", ["null", "4"])
+def test_blocks_that_run_again_in_a_backward_choose_attention_as_in_the_forward(tmp_path, forward_rows):
+    """cuDNN's is left out of an exact replay, where other saved tensors than the forward's would be an error."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    trainer = trained(tmp_path, f"optimizer.forward_rows={forward_rows}", "model.activation_checkpointing=true")
+    batch, seen = batch_of(trainer), {"sampling": [], "update": []}
+    block, phase = trainer.model.transformer_blocks[0], "update"
+    block.register_forward_pre_hook(lambda *_: seen[phase].append(torch.backends.cuda.cudnn_sdp_enabled()))
+    _, rows = gradients(trainer, batch)
+    phase = "sampling"
+    batch_of(trainer)
+    exact = forward_rows == "null"
+    assert len(seen["update"]) == 2 * len(rows)  # once more in each backward
+    assert set(seen["update"]) == set(seen["sampling"]) == {before and not exact}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_second_step_of_compact_grpo_is_off_policy(tmp_path):
     trainer = tiny_trainer(
         tmp_path,

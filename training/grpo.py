@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtedit_fast.attention import without_cudnn_attention
 from mtedit_fast.editors import Editor
-from mtedit_fast.editors.speed import repeatable_attention
 from mtedit_fast.ops import SDEStepOutput
 from mtedit_fast.rollout import replay
 from mtedit_fast.training.adapters import Adapters
@@ -35,6 +35,9 @@ class GRPO:
     def __init__(self, editor: Editor, adapters: Adapters, config: ObjectiveConfig, forward_rows: int | None):
         self.editor, self.adapters, self.config = editor, adapters, config
         self.forward_rows = forward_rows
+
+    def attention(self) -> AbstractContextManager[None]:
+        return without_cudnn_attention() if self.forward_rows is None else nullcontext()
 
     def shares(self, batch: UpdateBatch, count: int) -> list[list[Chunk]]:
         trajectories = batch.trajectories
@@ -107,8 +110,7 @@ class GRPO:
         return losses.sum()
 
     def _replay(self, batch: UpdateBatch, chunk: Chunk, *, return_mean: bool = True) -> SDEStepOutput:
-        with repeatable_attention() if self.forward_rows is None else nullcontext():
-            return replay(self.editor, batch.trajectories, chunk.rows, chunk.turn, chunk.index, return_mean=return_mean)
+        return replay(self.editor, batch.trajectories, chunk.rows, chunk.turn, chunk.index, return_mean=return_mean)
 
 
 def _log_prob(out: SDEStepOutput) -> Tensor:

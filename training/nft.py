@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class NFT:
     def __init__(self, editor: Editor, adapters: Adapters, config: ObjectiveConfig, forward_rows: int):
         self.editor, self.adapters, self.config = editor, adapters, config
         self.forward_rows = forward_rows
+
+    def attention(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def shares(self, batch: UpdateBatch, count: int) -> list[list[Chunk]]:
         trajectories, kept = batch.trajectories, batch.keep.nonzero().flatten()

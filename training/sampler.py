@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mtedit_fast.attention import without_cudnn_attention
 from mtedit_fast.editors import Editor
 from mtedit_fast.editors.fp8 import Float8Switch
 from mtedit_fast.editors.graphs import GraphedEditor
-from mtedit_fast.editors.speed import repeatable_attention
 from mtedit_fast.rollout import RolloutConfig, Trajectories, rollout, sample_seeds
 from mtedit_fast.sampling import sde_window
 from mtedit_fast.timing import PhaseTimer
@@ -68,7 +68,7 @@ class Sampler:
             lora = self.config.model.lora
             self.engine.set_lora(self._sampling_adapter(), lora.alpha / lora.rank)
         with RewardStream(self.config.rewards) as stream:
-            attention = repeatable_attention() if self.config.exact_replay else nullcontext()
+            attention = without_cudnn_attention() if self.config.exact_replay else nullcontext()
             with self.timer("rollout"), sampler, torch.no_grad(), self.fp8 or nullcontext(), attention:
                 trajectories = rollout(
                     self.editor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,6 +61,9 @@ class UpdateBatch:
 
 class Objective(Protocol):
     """How one kind of training turns trajectories into a loss."""
+
+    def attention(self) -> AbstractContextManager[None]:
+        """What forwards and backwards run under. In a backward checkpointed blocks run again, as before."""
 
     def shares(self, batch: UpdateBatch, count: int) -> list[list[Chunk]]:
         """The batch's chunks, divided over `count` optimizer steps (some may be empty)."""
@@ -134,10 +138,11 @@ class PolicyUpdate:
         for share, samples in zip(shares, totals, strict=True):
             if samples == 0:
                 continue
-            for chunk in share:
-                loss = self.objective.loss(batch, chunk, stats if not chunk.padding else UpdateStats())
-                (loss * (0.0 if chunk.padding else 1 / samples)).backward()
-            self.after_backward()
+            with self.objective.attention():
+                for chunk in share:
+                    loss = self.objective.loss(batch, chunk, stats if not chunk.padding else UpdateStats())
+                    (loss * (0.0 if chunk.padding else 1 / samples)).backward()
+                self.after_backward()
             distributed.sum_gradients(self.parameters)
             self._step(stats)
         return stats

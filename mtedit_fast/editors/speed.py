@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -46,18 +44,6 @@ def compile_transformer(editor: Editor, mode: Literal["blocks", "whole"], *, vae
     if vae:
         for part in (editor.vae.encoder, editor.vae.decoder):  # type: ignore[attr-defined]
             part.compile(**options)
-
-
-@contextmanager
-def repeatable_attention() -> Iterator[None]:
-    """Without cuDNN's attention, which torch takes for half precision on Hopper: it is planned anew with gradient, and
-    may round otherwise than without, where an exact replay needs the same bits."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def set_attention(editor: Editor, name: str) -> None:

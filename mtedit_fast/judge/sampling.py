@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtedit_fast.attention import without_cudnn_attention
+
 from .prompts import JudgePrompt
 
 __all__ = ["continue_answers", "sample_answers", "stops"]
@@ -83,6 +85,7 @@ def sample_answers(
 
 
 @torch.no_grad()
+@without_cudnn_attention()
 def continue_answers(
     model: Any,
     tokenizer: Any,
