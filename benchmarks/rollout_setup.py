@@ -109,6 +109,7 @@ class Setup:
 
     @torch.no_grad()
     def rollout(self, timer: PhaseTimer | None = None) -> Trajectories:
+        self.stock.invalidate()  # or Klein-KV would find the keys and values of the last rollout, whose work counts
         with self.precision():
             out = rollout(self.editor, self.references, self.instructions, self.config, self.seeds, timer=timer)
         out.raise_if_not_finite()  # waits for the device
