@@ -6,6 +6,7 @@ back in the dtype of the originals, the promotion of ``model_output`` and ``late
 """
 
 import math
+import operator
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -23,7 +24,7 @@ def flow_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     generator: Generator = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,7 @@ def flow_grpo_step(
         latents: x at ``sigmas[index]``, same shape.
         eta: noise level; 0 is Euler's step with log-prob 0 (the original returns NaN).
         sigmas: ``[T+1]`` schedule.
-        index: step, 0 to T-1.
+        index: step, 0 to T-1; an integer tensor of one element, too, for whose value the call waits.
         prev_sample: replay this next sample; None draws one.
         generator: for the noise, drawn with diffusers' ``randn_tensor`` in ``model_output``'s dtype.
 
@@ -50,7 +51,7 @@ def flow_grpo_step(
 
 
 def dance_grpo_step(
-    model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor, index: int, prev_sample: Tensor | None
+    model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor, index: int | Tensor, prev_sample: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A DanceGRPO SDE step, call-compatible with DiffusionNFT; arguments and errors as :func:`flow_grpo_step`.
 
@@ -60,7 +61,7 @@ def dance_grpo_step(
     Returns:
         next sample, x̂0 = x − σv, log-prob fp32 ``[B]``.
     """
-    check_step(model_output, latents, eta, sigmas, index)
+    index = check_step(model_output, latents, eta, sigmas, index)
     coefficients = cached_coefficients(sigmas, variant="dance", eta=eta, device=model_output.device)
     noise = None
     if prev_sample is None:
@@ -76,12 +77,12 @@ def _flow_grpo(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     generator: Generator,
 ) -> tuple[SDEStepOutput, Tensor, Tensor]:
     """The SDE step that DiffusionNFT and MixGRPO share: step output, x̂0, log-prob."""
-    check_step(model_output, latents, eta, sigmas, index)
+    index = check_step(model_output, latents, eta, sigmas, index)
     if generator is not None and prev_sample is not None:
         raise ValueError(
             "generator and prev_sample were both given: pass prev_sample to replay, or generator to sample"
@@ -95,12 +96,16 @@ def _flow_grpo(
     return out, predict_original(model_output, latents, sigmas, index), log_prob_of(out)
 
 
-def check_step(model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor, index: int) -> None:
-    """What both projects' steps require of the arguments they share; raises ValueError or TypeError."""
+def check_step(model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor, index: int | Tensor) -> int:
+    """`index` as an int, after what both projects' steps require of the arguments they share: ValueError, TypeError."""
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
         raise TypeError("sigmas must be a 1-D tensor, the whole schedule of T+1 values from 1 to 0")
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise TypeError(f"index must be an int, the step in the schedule, got {type(index).__name__}")
+    if isinstance(index, bool | float) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+        raise TypeError(f"index must be an int, the step in the schedule, got {index!r}")
+    try:
+        index = operator.index(index)
+    except (TypeError, RuntimeError, ValueError):
+        raise TypeError(f"index must be an int, the step in the schedule, got {index!r}") from None
     if not 0 <= index < len(sigmas) - 1:
         raise ValueError(f"index must be between 0 and {len(sigmas) - 2} for {len(sigmas)} sigmas, got {index}")
     if not eta >= 0:
@@ -109,6 +114,7 @@ def check_step(model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor
         raise ValueError(
             f"model_output and latents must have one shape, got {tuple(model_output.shape)} and {tuple(latents.shape)}"
         )
+    return index
 
 
 def affine_step(

@@ -25,7 +25,7 @@ def flow_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     generator: Generator = None,
     determistic: bool = False,
@@ -41,6 +41,7 @@ def flow_grpo_step(
     Returns:
         next sample, x̂0 = x − σv, log-prob fp32 ``[B]``, mean fp32, and the noise scale c = s√(−dt) (fp32, 0-dim).
     """
+    index = check_step(model_output, latents, eta, sigmas, index)
     out, pred_original, log_prob = _flow_grpo(model_output, latents, eta, sigmas, index, prev_sample, generator)
     coefficients = cached_coefficients(sigmas, variant="sde", eta=eta, device=model_output.device)
     if determistic:
@@ -55,7 +56,7 @@ def dance_grpo_step(
     latents: Tensor,
     eta: float,
     sigmas: Tensor,
-    index: int,
+    index: int | Tensor,
     prev_sample: Tensor | None,
     grpo: bool,
     sde_solver: bool,
@@ -73,7 +74,7 @@ def dance_grpo_step(
     """
     if grpo and sde_solver:
         return _dance_grpo_step(model_output, latents, eta, sigmas, index, prev_sample)
-    check_step(model_output, latents, eta, sigmas, index)
+    index = check_step(model_output, latents, eta, sigmas, index)
     pred_original = predict_original(model_output, latents, sigmas, index)
     dance = cached_coefficients(sigmas, variant="dance", eta=eta, device=model_output.device)
     if not grpo and sde_solver:
