@@ -241,6 +241,18 @@ def test_mri_lines(kind):
         assert bool((further.mask[..., 18:22] == 1).all())
 
 
+@pytest.mark.parametrize(
+    ("width", "centre", "lines"),
+    [(16, 0.08, {8}), (32, 0.1, {15, 16, 17}), (15, 0.2, {6, 7, 8}), (16, 0.25, {6, 7, 8, 9}), (17, 0.06, {8})],
+)
+def test_central_lines_lie_around_frequency_0(width, centre, lines):
+    """Which `fftshift` puts at width // 2, for even and odd widths alike."""
+    zero = torch.fft.fftshift(torch.fft.fftfreq(width)).abs().argmin().item()
+    assert zero in lines
+    masks = CompressedSensing(acceleration=1 / centre, centre=centre).draw(SEEDS, (8, width)).mask[:, 0, 0]
+    assert all(set(mask.nonzero().flatten().tolist()) == lines for mask in masks)
+
+
 def test_maps_from_a_file(tmp_path):
     measured = maps(2, 8, 8).to(torch.complex64)
     np.save(tmp_path / "maps.npy", measured.numpy())

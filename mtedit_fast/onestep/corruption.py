@@ -185,7 +185,7 @@ class CartesianLines(Family):
         width = allowed.shape[3]
         count, centre = max(1, round(width / acceleration)), round(width * self.centre)
         score = seeded_noise(seed, (width,), stream)
-        start = (width - centre) // 2
+        start = width // 2 - centre // 2  # frequency 0 is at width // 2
         score[:, start : start + centre] = torch.inf
         score = score.masked_fill(allowed[:, 0, 0] == 0, -torch.inf)
         chosen = score.topk(max(count, min(centre, width)), dim=1).indices
