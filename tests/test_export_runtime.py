@@ -3,9 +3,11 @@
 import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from tiny_export import flux, tiny_exportable
+from torch import nn
 
 pytest.importorskip("onnxruntime")
 
@@ -163,6 +165,30 @@ def test_saved_adapters_are_read_with_their_scaling(adapted, tmp_path):
         assert len(lora.tensors) == len(adapters.names)
     with pytest.raises(FileNotFoundError, match=r"lora: no file .*safetensors"):
         read_lora(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_layers_own_rank_and_alpha_are_pefts(tmp_path, rslora):
+    def new():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_q", "to_k", "to_v")})})
+
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "to_k", "to_v"],
+        rank_pattern={"to_q": 2},
+        alpha_pattern={"attn.to_k": 3, "to_v": 6},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    theirs, ours = peft.PeftModel(new(), config), new()
+    theirs.save_pretrained(tmp_path)
+    merge_lora(ours, *read_lora(tmp_path))
+    merged = theirs.merge_and_unload()
+    for name in ("to_q", "to_k", "to_v"):
+        assert not torch.equal(ours["attn"][name].weight, new()["attn"][name].weight)
+        torch.testing.assert_close(ours["attn"][name].weight, merged["attn"][name].weight)
 
 
 def test_adapters_that_do_not_fit(adapted):

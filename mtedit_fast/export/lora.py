@@ -37,6 +37,7 @@ def read_lora(path: str | Path) -> Lora:
     """An adapter saved by diffusers (`save_lora_weights`) or peft: a safetensors file or its folder.
 
     alpha is read from diffusers' metadata or peft's adapter_config.json beside the file; without either it is the rank.
+    Where a layer's is another (peft's rank_pattern and alpha_pattern), B is scaled by the difference.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,7 +58,18 @@ def read_lora(path: str | Path) -> Lora:
     if "lora_alpha" not in known:
         return Lora(tensors, 1.0)
     rank = known.get("r") or next(iter(_factors(tensors).values()))[0].shape[0]
-    return Lora(tensors, known["lora_alpha"] / (rank**0.5 if known.get("use_rslora") else rank))
+
+    def scaling(alpha: float, rank: int) -> float:
+        return alpha / (rank**0.5 if known.get("use_rslora") else rank)
+
+    common = scaling(known["lora_alpha"], rank)
+    alphas = known.get("alpha_pattern") or {}
+    for key in [key for key in tensors if ".lora_B" in key]:
+        layer = key.partition(".lora_B")[0]
+        alpha = next((alphas[name] for name in alphas if re.fullmatch(rf"(.*\.)?({name})", layer)), known["lora_alpha"])
+        if (own := scaling(alpha, tensors[key].shape[1])) != common:
+            tensors[key] = tensors[key] * (own / common)
+    return Lora(tensors, common)
 
 
 def _factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
