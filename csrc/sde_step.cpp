@@ -49,7 +49,7 @@ const float* step_tile(const SDEStep& in, const Row& row, std::int64_t b, std::i
   affine(row.a, x, row.b, v, n, tile.mean);
   if (in.prev_sample.data) return load(in.prev_sample.data, in.prev_sample.dtype, at, n, tile.prev);
   const float* prev = tile.mean;
-  if (row.c != 0.0f) {
+  if (row.c != 0.0f && (in.seed || in.noise.data)) {  // NaN outside of the schedule, where there may be no noise
     const float* noise = tile.scratch[0];
     if (in.seed) {
       standard_normals(in.seed[b], in.step[b] + 1, offset, n, tile.scratch[0]);

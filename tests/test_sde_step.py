@@ -252,16 +252,18 @@ def test_the_thread_count_changes_nothing(name: str) -> None:
         assert torch.equal(one, two)
 
 
-def test_a_device_step_outside_the_schedule_gives_nan(backend: str) -> None:
-    """Where the value cannot be looked at, on a GPU and in compiled code."""
+@pytest.mark.parametrize("variant", ["sde", "ode"])
+def test_a_device_step_outside_the_schedule_gives_nan(backend: str, variant: str) -> None:
+    """Where the value cannot be looked at, on a GPU and in compiled code; also where no step takes noise."""
     device = DEVICES[backend]
     sample, velocity, noise = (t.to(device) for t in inputs(3, 70))
     steps = torch.tensor([-1, 1, 4], device=device)
-    table = sde_coefficients(SIGMAS, device=device).table
+    table = sde_coefficients(SIGMAS, variant=variant, device=device).table
+    given = (noise, 1) if variant == "sde" else (None, 0)
     out = torch.ops.mtedit_fast.sde_step(
-        sample, velocity, table, steps, 0, noise, None, None, FP32, 1, True, True, backend
+        sample, velocity, table, steps, 0, given[0], None, None, FP32, given[1], True, True, backend
     )
-    for value in out:
+    for value in filter(Tensor.numel, out):  # no log-prob without noise
         assert value.isnan().reshape(3, -1).all(1).tolist() == [True, False, True]
 
 

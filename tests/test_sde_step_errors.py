@@ -92,6 +92,8 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
         ({"sigmas": [1.0, 0.5, 0.5]}, "sigmas must decrease strictly within"),
         ({"sigmas": [1.1, 0.5]}, "sigmas must decrease strictly within"),
         ({"sigmas": [1.0, math.nan]}, "sigmas must decrease strictly within"),
+        ({"sigma_max": 1.0}, r"sigma_max must be in \[0, 1\) for variant='sde'.* got 1.0"),
+        ({"sigma_max": -0.1}, r"sigma_max must be in \[0, 1\)"),
         ({"sde_steps": [4]}, "sde_steps must be within the schedule's steps 0…3, got"),
     ],
 )

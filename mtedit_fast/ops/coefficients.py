@@ -57,7 +57,7 @@ def sde_coefficients(
 
     Raises:
         ValueError: unknown variant; eta negative or not finite, or above 1 for ddim; sigmas not 1-D, shorter than 2,
-            not strictly decreasing within [0, 1]; sde_steps outside the schedule.
+            not strictly decreasing within [0, 1]; sigma_max outside [0, 1) for sde; sde_steps outside the schedule.
     """
     if variant not in LOG_PROBS:
         raise ValueError(f"variant must be one of {sorted(LOG_PROBS)}, got {variant!r}")
@@ -65,6 +65,8 @@ def sde_coefficients(
         raise ValueError(f"eta, the noise level, must be finite and >= 0, got {eta}")
     if variant == "ddim" and eta > 1:
         raise ValueError(f"eta must be in [0, 1] for variant='ddim', got {eta}")
+    if variant == "sde" and sigma_max is not None and not 0 <= sigma_max < 1:
+        raise ValueError(f"sigma_max must be in [0, 1) for variant='sde', where it stands in for 1, got {sigma_max}")
     levels = torch.as_tensor(sigmas).to(torch.float64)
     if levels.ndim != 1 or levels.numel() < 2:
         raise ValueError(f"sigmas must be 1-D with at least two values, got shape {list(levels.shape)}")

@@ -62,7 +62,7 @@ def crd_loss(
             β·`implicit_reward` − r over the group; the means of such a first pass need no gradient.
         beta: > 0.
         weight: [B], instead of the 1/B of a mean: parts of a batch of M samples, each with weight 1/M, add up to the
-            loss and gradient of the whole; 0 leaves a sample's loss out, but not its reward out of ū.
+            loss and gradient of the whole; 0 leaves out a sample's loss, if finite, but not its reward out of ū.
         scale: the public code's adv_clip_max.
         adaptive: False takes w = 1.
         v_ref: [B, ...], the reference model's velocity (the paper: the pretrained one's, with guidance). Not read where

@@ -187,7 +187,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it."""
     if tensor.device == device:
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def _raise_if_bad(boxes: Tensor, index: Tensor, batches: list[Tensor], count: int) -> None:

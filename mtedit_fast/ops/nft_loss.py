@@ -56,7 +56,8 @@ def nft_loss(
         r: [B] in [0, 1], from `advantage_to_reward`.
         beta: > 0, how far v± go from v_old.
         weight: [B], instead of the 1/B of a mean: parts of a batch of M samples, each with weight 1/M, add up to the
-            loss and gradient of the whole; 0 leaves a sample out. An empty batch has loss 0.
+            loss and gradient of the whole; 0 leaves out a sample of finite values (0·NaN is NaN). An empty batch has
+            loss 0.
         scale: the public code's adv_clip_max.
         v_ref: [B, ...], the reference model's velocity. Not read where kl_weight is 0.
         kl_weight: >= 0; 1e-4 in the public code.
