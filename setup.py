@@ -75,7 +75,17 @@ def cuda_objects(nvcc: Path, folder: str) -> tuple[list[str], list[str]]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     objects = [str(Path(folder) / (Path(source).stem + ".cu.o")) for source in CUDA_SOURCES]
     for source, output in zip(CUDA_SOURCES, objects, strict=True):
-        command = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode, "-c", source, "-o"]
+        command = [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "--threads=0",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *gencode,
+            "-c",
+            source,
+            "-o",
+        ]
         say("nvcc " + " ".join(map(str, [*command[1:], output])))
         subprocess.run([*command, output], check=True)
     return objects, archs

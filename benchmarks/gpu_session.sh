@@ -47,7 +47,11 @@ if compgen -G '.whl/*.whl' >/dev/null; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl || exit 1
   export PYTHONPATH=$PYTHONPATH:$site
 fi
-"$PYTHON" setup.py -q build_ext --inplace >>"$RESULTS/session.log" 2>&1 || echo "csrc did not build: see session.log"
+sources=$(cat setup.py csrc/* | sha256sum) built=build/gpu_session.sha256
+if [ "$(cat "$built" 2>/dev/null)" != "$sources" ] || ! compgen -G 'mtedit_fast/_C*.so' >/dev/null; then
+  "$PYTHON" setup.py -q build_ext --inplace >>"$RESULTS/session.log" 2>&1 && mkdir -p build && echo "$sources" >"$built" ||
+    echo "csrc did not build: see session.log"
+fi
 
 machine() {
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv

@@ -180,6 +180,8 @@ TESTS = {
 }
 """Test files, or tests of one, by what they are tests of: those that a GPU can make red."""
 NEEDED_BY_TESTS = {"sde_step_schedule": "diffusers", "csrc_build": "pybind11", "on_gpu": "diffusers"}
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG=:4096:8"
+"""Without it some versions of torch refuse products of matrices in tests of deterministic mode."""
 COMPILED = ("compiles_for", "compiled_for", "fuses_multiply_adds")
 """In the names of tests that look at compiled code, which needs no GPU."""
 
@@ -195,5 +197,6 @@ def pytest_command(name: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-k", " and ".join(f"not {text}" for text in COMPILED), *tests_of(name)]
     if importlib.util.find_spec("xdist") is None or (os.cpu_count() or 1) < WORKERS:
-        return command
-    return ["env", "OMP_NUM_THREADS=2", *command, "-n", str(WORKERS)]  # all cores' threads in each would wait in line
+        return ["env", WORKSPACE, *command]
+    # all cores' threads in each worker would wait in line
+    return ["env", WORKSPACE, "OMP_NUM_THREADS=2", *command, "-n", str(WORKERS)]

@@ -64,7 +64,8 @@ def export(
 
     A trained LoRA is merged (--lora) or, with --lora-rank, given anew for each run at about 2·rank/width more
     arithmetic: no rebuild, no refit. An engine that is there already is kept if weights, LoRA mode, profiles, versions
-    and device are the same.
+    and device are the same, and replaced if not: a folder holds one per module. Built from an export, it has that one's
+    buckets.
 
     Examples: mtedit-fast export training/configs/kontext_lora.yaml --to tensorrt --bucket 1x1024x1024
     mtedit-fast export training/configs/demo.yaml --to onnx --dtype fp32 --bucket 1-4x64x64
@@ -82,6 +83,16 @@ def export(
         raise ValueError(f"to: expected onnx, {' or '.join(BACKENDS)}, got {to!r}")
     buckets = [Bucket.parse(text) for text in bucket or []]
     built_from = (Path(source) / MANIFEST).is_file()
+    if built_from:
+        if to == "onnx":
+            raise ValueError(f"to: {source} is an export already; expected {' or '.join(BACKENDS)}, got 'onnx'")
+        given = {"output": output, "bucket": bucket, "lora_rank": lora_rank, "max_sequence_length": max_sequence_length}
+        given |= {"dtype": dtype != "bf16", "lora": lora != "auto"}
+        if fixed := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{', '.join(fixed)}: expected none for {source}, which is an export with all of that in its manifest; "
+                "export the model again to change it"
+            )
     if to != "onnx":
         load_backend(to).target(sm)  # before the work, not after it
         if not buckets and not built_from:
@@ -145,15 +156,17 @@ def run(
     Each instruction edits what the one before it made. An image of a size that no profile covers is resized to the
     profile nearest in shape.
 
-    Example: mtedit-fast run exports/demo --image cat.png --instruction "Remove the cup" --instruction "Make it dusk"
+    Example: mtedit-fast run exports/kontext_lora --image a.png --instruction "Remove the cup"
     """
     from mtedit_fast.edival.images import load_image, save_image
     from mtedit_fast.export.lora import read_lora
     from mtedit_fast.export.pipeline import EnginePipeline
+    from mtedit_fast.inference_time.edit import check_words
 
     console = Console()
     picture = load_image(image)
     pipeline = EnginePipeline(directory, runtime=runtime, device=device)  # type: ignore[arg-type]
+    check_words(pipeline.editor, instruction)
     if lora is not None:
         pipeline.set_lora(*read_lora(lora))
     fitted = pipeline.fit(picture)

@@ -186,7 +186,7 @@ def test_a_suites_tests_are_files_or_tests_of_one_in_parallel_where_there_are_co
     monkeypatch.setattr(steps.os, "cpu_count", lambda: 8)
     found = {"xdist": True}
     monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: found.get(name, True) or None)
-    assert steps.pytest_command("judge") == ["env", "OMP_NUM_THREADS=2", *alone, "-n", "8"]
+    assert steps.pytest_command("judge") == ["env", steps.WORKSPACE, "OMP_NUM_THREADS=2", *alone[2:], "-n", "8"]
     found["xdist"] = False
     assert steps.pytest_command("judge") == alone
 

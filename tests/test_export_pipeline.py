@@ -26,7 +26,7 @@ from mtedit_fast.training.playground.data import write_dataset
 from mtedit_fast.training.playground.models import MAX_TOKENS, load_pipeline
 from mtedit_fast.training.trainer import Trainer
 
-INSTRUCTIONS = ["Remove the red circle", "Change the background to ocean", "Add a blue square"]
+INSTRUCTIONS = ["Remove the red circle", "Change the background to ocean", "Add rubber blue square"]
 CONFIG = "training/configs/demo.yaml"
 STEPS, GUIDANCE, SEED = 4, 2.5, 3
 
@@ -196,6 +196,8 @@ def test_the_other_families_edit_with_guidance_from_a_folder(tmp_path, family):
 
 
 def test_bad_sources_and_options(folder, tmp_path):
+    picture = tmp_path / "picture.png"
+    save_image(torch.rand(3, 64, 64), picture)
     for arguments, message in (
         (["export", tmp_path / "nothing"], r"source: nothing at .*; pass a training configuration"),
         (["export", tmp_path], r"source: expected model_index.json .* or config.json"),
@@ -209,6 +211,15 @@ def test_bad_sources_and_options(folder, tmp_path):
         ),
         (["export", CONFIG, "--to", "tensorrt_rtx", "--sm", "90"], r"sm: tensorrt_rtx builds for .*got SM90"),
         (["run", tmp_path, "--image", "a.png", "--instruction", "x"], r"a.png: no such file"),
+        (["export", folder], r"to: .* is an export already; expected tensorrt or tensorrt_rtx, got 'onnx'"),
+        (
+            ["export", folder, "--to", "tensorrt_rtx", "--sm", "80", "--bucket", "1x64x64", "--dtype", "fp32"],
+            r"bucket, dtype: expected none for .*, which is an export",
+        ),
+        (
+            ["run", folder, "--image", picture, "--instruction", "Remove the cup"],
+            r"this editor knows no 'cup'; all of its words: ",
+        ),
         (["check", tmp_path], r"directory: expected an export, with manifest.json"),
     ):
         with pytest.raises((ValueError, OSError), match=message):

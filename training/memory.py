@@ -202,7 +202,10 @@ def estimate(config: TrainConfig, gpus: int = 1) -> MemoryEstimate:
         "trajectories": _trajectories(config, measured, gpus),
     }
     if config.captures_steps(measured.text_sees_image):
-        held["a captured forward"] = measured.sample + measured.references  # what it computes with and reads is its own
+        # What a captured forward computes with and reads is its own, and cached references of the first turn, one for
+        # all, are laid out otherwise than those of later ones.
+        layouts = 2 if measured.references and config.rollout.turns > 1 else 1
+        held["captured forwards"] = layouts * (measured.sample + measured.references)
     if measured.references:
         held["keys and values of references"] = measured.references
     if config.rollout.precision == "fp8":

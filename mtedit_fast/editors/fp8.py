@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+FEW_ROWS = 256
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -47,14 +48,18 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer with an fp8 copy of its frozen weight beside it, used while `switch` is on."""
+    """A linear layer with an fp8 copy of its frozen weight beside it, used while `switch` is on.
+
+    On a GPU few rows, such as a text of one token, keep their precision: cuBLAS refuses some products of at most 256
+    rows and long sums (pytorch/ao issue 4582), and they take next to none of a step's time.
+    """
 
     switch: Float8Switch
     weight_fp8: Tensor  # [out, in]
     weight_scale: Tensor  # [1, out] fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.switch.on:
+        if not self.switch.on or (x.is_cuda and x.shape[:-1].numel() <= FEW_ROWS):
             return super().forward(x)
         rows, scale = to_fp8(x.flatten(0, -2))
         out = torch._scaled_mm(
