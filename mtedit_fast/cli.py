@@ -169,7 +169,7 @@ def study(
 
     multi_turn: the editor under one switch at a time: credit, fusion, turns, objective, scores, consistency, group
     size; about two minutes a run on one core. judge: the judge on a rater's scores by SFT, TRACT, RLOO, GRPO and REAL;
-    about three minutes a run.
+    about two minutes a run.
     """
     if name not in STUDIES:
         raise ValueError(f"name: expected one of {', '.join(STUDIES)}, got {name!r}")

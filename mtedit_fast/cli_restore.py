@@ -62,7 +62,7 @@ def restore(
     tiny world's 32×32 prior; without IMAGES it takes eight scenes that it has not seen.
 
     Examples: mtedit-fast restore playground --problem box --corrupt
-    mtedit-fast restore runs/mine/teacher photos --problem super_resolution --option factor=4 --solver steps=50
+    mtedit-fast restore runs/mine/teacher/model photos --problem super_resolution --option factor=4 --solver steps=50
     """
     import torch
 

@@ -20,9 +20,10 @@ class SDEStepOutput(NamedTuple):
     prev_sample: Tensor
     """[B, ...] in the storage dtype."""
     log_prob: Tensor | None
-    """[B] fp32, averaged over a sample's elements; None where every step, or this one, is deterministic."""
+    """[B] fp32 (fp64 for fp64), averaged over a sample's elements; None where every step, or this one, is
+    deterministic."""
     mean: Tensor
-    """[B, ...] fp32; empty with return_mean=False."""
+    """[B, ...] fp32 (fp64 for fp64); empty with return_mean=False."""
 
 
 def sde_step(
