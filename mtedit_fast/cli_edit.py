@@ -84,8 +84,9 @@ def edit(
 
     mtedit-fast edit playground scene.png "Change the background to ocean" --beam 2 -o runs/edit
     """
+    from mtedit_fast.cli_pipelines import load_editor
     from mtedit_fast.edival.images import load_image, save_image
-    from mtedit_fast.inference_time.edit import check_words, fit, load_editor, parse_size, strip
+    from mtedit_fast.inference_time.edit import check_words, fit, parse_size, strip
     from mtedit_fast.rollout import sample_seeds
 
     asked = [name for name, value in (("keep-mask", keep_mask), ("align", align), ("beam", beam)) if value]

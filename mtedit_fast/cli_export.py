@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from mtedit_fast.export.sources import Source
+    from mtedit_fast.cli_pipelines import Source
 
 DtypeOption = Annotated[str, typer.Option(help="of weights and arithmetic: fp32, bf16 or fp16")]
 RankOption = Annotated[
@@ -214,7 +214,7 @@ def check(
 def _load(
     source: str, dtype: str, lora: str, lora_rank: int | None, max_sequence_length: int | None, console: Console
 ) -> Source:
-    from mtedit_fast.export.sources import load_source
+    from mtedit_fast.cli_pipelines import load_source
 
     loaded = load_source(source, dtype=dtype, lora=lora, lora_rank=lora_rank, max_sequence_length=max_sequence_length)
     if loaded.merged is not None:

@@ -12,10 +12,11 @@ from tiny import SIZE, tiny_editor, tiny_pipeline
 from typer.testing import CliRunner
 
 from mtedit_fast.cli_edit import edit
+from mtedit_fast.cli_pipelines import load_editor
 from mtedit_fast.editors import KontextEditor
 from mtedit_fast.edival.images import load_image, save_image
 from mtedit_fast.inference_time.beam_search import beam_search
-from mtedit_fast.inference_time.edit import check_words, fit, load_editor, parse_size, strip
+from mtedit_fast.inference_time.edit import check_words, fit, parse_size, strip
 from mtedit_fast.rollout import RolloutConfig, rollout, sample_seeds
 from mtedit_fast.training.playground.models import GUIDANCE, MAX_TOKENS, WEIGHTS, load_pipeline
 from mtedit_fast.training.playground.rewards import judge_score
@@ -184,8 +185,8 @@ def test_strip_wants_a_caption_for_each():
     ("arguments", "message"),
     [
         (["playground", "{0}/none.png", "Remove x"], "none.png: no such file"),
-        (["{0}/none", "{1}", "x"], "model: nothing at .*none; pass a pipeline's folder"),
-        (["{0}", "{1}", "x"], "model: expected a pipeline's folder with model_index.json, found none"),
+        (["{0}/none", "{1}", "x"], "model: nothing at .*none; expected a pipeline's folder"),
+        (["{0}", "{1}", "x"], r"model: no model_index.json in .*; expected a pipeline's folder, .* --lora"),
         (["playground", "{1}", "Make it dusk"], "this editor knows no 'Make' 'it' 'dusk'"),
         (["playground", "{1}", "x", "--size", "a"], "size: expected HEIGHTxWIDTH"),
         (["playground", "{1}", "x", "--dtype", "int8"], "dtype: expected auto, fp32, bf16, fp16, got 'int8'"),

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 pytest.importorskip("onnxruntime")
 
 from mtedit_fast.cli_export import export_app
+from mtedit_fast.cli_pipelines import load_source
 from mtedit_fast.editors import EDITORS, KontextEditor
 from mtedit_fast.edival.images import load_image, save_image
 from mtedit_fast.export.compare import compare
@@ -18,7 +19,6 @@ from mtedit_fast.export.editors import editor_modules, export_editor
 from mtedit_fast.export.manifest import Manifest
 from mtedit_fast.export.pipeline import EnginePipeline
 from mtedit_fast.export.ports import Bucket
-from mtedit_fast.export.sources import load_source
 from mtedit_fast.export.write import export_module
 from mtedit_fast.rollout import RolloutConfig, rollout
 from mtedit_fast.training.data import EditChains
@@ -199,8 +199,8 @@ def test_bad_sources_and_options(folder, tmp_path):
     picture = tmp_path / "picture.png"
     save_image(torch.rand(3, 64, 64), picture)
     for arguments, message in (
-        (["export", tmp_path / "nothing"], r"source: nothing at .*; pass a training configuration"),
-        (["export", tmp_path], r"source: expected model_index.json .* or config.json"),
+        (["export", tmp_path / "nothing"], r"source: nothing at .*; expected a training configuration"),
+        (["export", tmp_path], r"source: no model_index.json in .*; expected .* a folder with a DINO"),
         (["export", CONFIG, "--to", "openvino"], r"to: expected onnx, tensorrt or tensorrt_rtx, got 'openvino'"),
         (["export", CONFIG, "--dtype", "fp8"], r"dtype: expected one of fp32, bf16, fp16, got 'fp8'"),
         (["export", CONFIG, "--lora", "x", "--lora-rank", "2"], r"lora, lora_rank: expected one of them"),

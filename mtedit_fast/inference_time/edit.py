@@ -1,10 +1,9 @@
-"""What `mtedit-fast edit` is made of: an editor from a path, an image that fits it, turns, and a strip of them."""
+"""What `mtedit-fast edit` is made of: an image that fits the editor, turns, and a strip of them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,78 +11,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mtedit_fast.editors import EDITORS, Editor
+from mtedit_fast.editors import Editor
 from mtedit_fast.figures import INK, paste, wrap_text
 from mtedit_fast.rollout import RolloutConfig, rollout, turn_seeds
 
-PLAYGROUND = "playground"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NEGATIVE_PROMPTS = {"qwen_image_edit": " ", "flux2_klein": ""}
-"""As the families' pipelines have it; read where guidance is above 1."""
-
 Turn = Callable[[Tensor, str, int, Tensor], Tensor]
 """Of images [B, 3, H, W], an instruction, the turn 0 … K−1 and its noise keys [B] -> images [B, 3, H, W]."""
-
-
-def load_editor(
-    model: str, *, lora: str | Path | None = None, dtype: str = "auto", device: str = "auto"
-) -> tuple[Editor, dict[str, Any]]:
-    """An editor of any family, and the defaults of its edits: "num_steps", "guidance_scale", "size" (None: any).
-
-    Args:
-        model: a diffusers pipeline's folder or hub name, or "playground".
-        lora: merged into the weights: the folder that `save_lora` wrote, or a safetensors file.
-        dtype: fp32, bf16, fp16; auto is bf16 on a GPU, fp32 elsewhere.
-        device: auto takes a GPU.
-
-    Raises:
-        FileNotFoundError: `model` looks like a local folder and is not there, or there is no adapter at `lora`.
-        ValueError: a pipeline of no family, an unknown dtype, an adapter of another model.
-    """
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    name = ("bf16" if place.startswith("cuda") else "fp32") if dtype == "auto" else dtype
-    if name not in DTYPES:
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
-    defaults: dict[str, Any] = {"num_steps": 28, "guidance_scale": 3.5, "size": None}
-    if model == PLAYGROUND:
-        from mtedit_fast.training.playground.models import GUIDANCE, load_pipeline
-        from mtedit_fast.training.playground.world import SIZE
-
-        pipeline: Any = load_pipeline(dtype=DTYPES[name])
-        defaults = {"num_steps": 6, "guidance_scale": GUIDANCE, "size": (SIZE, SIZE)}
-    else:
-        pipeline = _pipeline(model, DTYPES[name])
-    family = next((name for name, kind in EDITORS.items() if isinstance(pipeline, kind.pipelines)), None)
-    if family is None:
-        raise ValueError(
-            f"model: expected a pipeline of {', '.join(EDITORS)}, got {type(pipeline).__name__} at {model}"
-        )
-    if lora is not None:
-        from mtedit_fast.export.lora import merge_lora, read_lora
-
-        merge_lora(pipeline.transformer, *read_lora(Path(lora).expanduser()))
-    tokenizer = getattr(pipeline, "tokenizer_2", None) or pipeline.tokenizer
-    options: dict[str, Any] = {"max_sequence_length": min(512, tokenizer.model_max_length)}
-    if family in NEGATIVE_PROMPTS:
-        options["negative_prompt"] = NEGATIVE_PROMPTS[family]
-    return EDITORS[family](pipeline.to(place), **options), defaults
-
-
-def _pipeline(model: str, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
-
-    path = Path(model).expanduser()
-    if not path.is_dir() and model.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"model: nothing at {model}; pass a pipeline's folder, a hub name such as "
-            f'black-forest-labs/FLUX.1-Kontext-dev, or "{PLAYGROUND}"'
-        )
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"model: expected a pipeline's folder with model_index.json, found none in {model}; an adapter "
-            "goes to --lora"
-        )
-    return DiffusionPipeline.from_pretrained(path if path.is_dir() else model, dtype=dtype)
 
 
 def check_words(editor: Any, instructions: Sequence[str]) -> None:
@@ -97,7 +30,7 @@ def check_words(editor: Any, instructions: Sequence[str]) -> None:
     for text in instructions:
         encoding = backend.encode(text, add_special_tokens=False)
         spans = [span for span, id in zip(encoding.offsets, encoding.ids, strict=True) if id == tokenizer.unk_token_id]
-        if not encoding.ids or spans:
+        if spans or not any(encoding.attention_mask):  # padding, where the tokenizer was saved with it, is no word
             unknown = [text[start:stop] for start, stop in spans]
             near = [word for wrong in unknown for word in difflib.get_close_matches(wrong, known, n=1)]
             hint = f"; did you mean {', '.join(near)}?" if near else ";"

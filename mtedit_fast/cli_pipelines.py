@@ -1,4 +1,4 @@
-"""What there is to export behind a path: a training configuration, a pipeline, a DINO."""
+"""What the commands load editors from: a training configuration, a pipeline, the playground, a DINO."""
 
 from __future__ import annotations
 
@@ -9,16 +9,63 @@ from typing import Any
 
 import torch
 
-from mtedit_fast.editors import EDITORS
+from mtedit_fast.editors import EDITORS, Editor
+from mtedit_fast.export.editors import editor_modules, family_of
+from mtedit_fast.export.lora import lora_inputs, merge_lora, read_lora
+from mtedit_fast.export.modules import Exportable, dino
+from mtedit_fast.training.config_file import load_config
+from mtedit_fast.training.playground.models import GUIDANCE, load_pipeline
+from mtedit_fast.training.playground.world import SIZE
 
-from .editors import editor_modules, family_of
-from .lora import lora_inputs, merge_lora, read_lora
-from .modules import Exportable, dino
-
-NEGATIVE_PROMPTS = {"qwen_image_edit": " ", "flux2_klein": ""}
-"""Of guidance, as the families' pipelines have it; a distilled Klein has none and ignores it."""
-
+PLAYGROUND = "playground"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEGATIVE_PROMPTS = {"qwen_image_edit": " ", "flux2_klein": ""}
+"""Of guidance above 1, as the families' pipelines have it; a distilled Klein has none and ignores it."""
+EXPECTED = {
+    "model": "a pipeline's folder, a hub name such as black-forest-labs/FLUX.1-Kontext-dev, or "
+    f'"{PLAYGROUND}"; an adapter goes to --lora',
+    "source": "a training configuration (.yaml), a pipeline's folder or hub name, or a folder with a DINO",
+}
+"""By the argument's name."""
+
+
+def load_editor(
+    model: str, *, lora: str | Path | None = None, dtype: str = "auto", device: str = "auto"
+) -> tuple[Editor, dict[str, Any]]:
+    """An editor of any family, and the defaults of its edits: "num_steps", "guidance_scale", "size" (None: any).
+
+    Args:
+        model: a diffusers pipeline's folder or hub name, or "playground".
+        lora: merged into the weights: the folder that `save_lora` wrote, or a safetensors file.
+        dtype: fp32, bf16, fp16; auto is bf16 on a GPU, fp32 elsewhere.
+        device: auto takes a GPU.
+
+    Raises:
+        FileNotFoundError: `model` looks like a local folder and is not there, or there is no adapter at `lora`.
+        ValueError: a pipeline of no family, an unknown dtype, an adapter of another model.
+    """
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = ("bf16" if place.startswith("cuda") else "fp32") if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    defaults: dict[str, Any] = {"num_steps": 28, "guidance_scale": 3.5, "size": None}
+    if model == PLAYGROUND:
+        pipeline: Any = load_pipeline(dtype=DTYPES[name])
+        defaults = {"num_steps": 6, "guidance_scale": GUIDANCE, "size": (SIZE, SIZE)}
+    else:
+        pipeline = _pipeline("model", model, DTYPES[name])
+    family = next((name for name, kind in EDITORS.items() if isinstance(pipeline, kind.pipelines)), None)
+    if family is None:
+        raise ValueError(
+            f"model: expected a pipeline of {', '.join(EDITORS)}, got {type(pipeline).__name__} at {model}"
+        )
+    if lora is not None:
+        merge_lora(pipeline.transformer, *read_lora(Path(lora).expanduser()))
+    tokenizer = getattr(pipeline, "tokenizer_2", None) or pipeline.tokenizer
+    options: dict[str, Any] = {"max_sequence_length": min(512, tokenizer.model_max_length)}
+    if family in NEGATIVE_PROMPTS:
+        options["negative_prompt"] = NEGATIVE_PROMPTS[family]
+    return EDITORS[family](pipeline.to(place), **options), defaults
 
 
 @dataclass
@@ -67,7 +114,7 @@ def load_source(
     elif (path / "config.json").is_file():
         return Source({"dino": dino(_backbone(path, kind))})
     else:
-        pipeline, trained = _pipeline(source, path, kind), None
+        pipeline, trained = _pipeline("source", source, kind), None
         options = {"max_sequence_length": max_sequence_length or 512}
     merged = None
     if lora_rank is None and lora != "none":
@@ -85,30 +132,24 @@ def load_source(
 
 def _configured(path: Path, dtype: torch.dtype) -> tuple[Any, Path | None, int]:
     """Pipeline, trained adapter and text length of a training configuration."""
-    from mtedit_fast.training.config_file import load_config
-    from mtedit_fast.training.playground.models import load_pipeline
-
     config = load_config(path, [])
     trained = Path(config.run.output_dir) / "lora"
     if config.model.path is None:
         pipeline: Any = load_pipeline(dtype=dtype)
     else:
-        pipeline = _pipeline(str(config.model.path), Path(config.model.path).expanduser(), dtype)
+        pipeline = _pipeline("source", str(config.model.path), dtype)
     return pipeline, trained if trained.is_dir() else None, config.rollout.max_sequence_length
 
 
-def _pipeline(source: str, path: Path, dtype: torch.dtype) -> Any:
+def _pipeline(argument: str, source: str, dtype: torch.dtype) -> Any:
+    """The pipeline in a folder or behind a hub name; errors name the argument."""
     from diffusers import DiffusionPipeline
 
+    path = Path(source).expanduser()
     if not path.is_dir() and source.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"source: nothing at {source}; pass a training configuration (.yaml), a pipeline's folder or hub name, or "
-            "a DINO's folder"
-        )
+        raise FileNotFoundError(f"{argument}: nothing at {source}; expected {EXPECTED[argument]}")
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ValueError(
-            f"source: expected model_index.json (a pipeline) or config.json (a DINO) in {source}, found neither"
-        )
+        raise ValueError(f"{argument}: no model_index.json in {source}; expected {EXPECTED[argument]}")
     return DiffusionPipeline.from_pretrained(path if path.is_dir() else source, dtype=dtype)
 
 
