@@ -1,9 +1,14 @@
 """Which of torch's attention kernels may be chosen."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_lock = threading.Lock()
+_inside, _before = 0, True
+"""Torch's switch is the process's, and rewards are scored in a thread of their own: the last one out sets it back."""
 
 
 @contextmanager
@@ -14,9 +19,16 @@ def without_cudnn_attention() -> Iterator[None]:
     the bits have to be the rollout's, backward included, in which checkpointed blocks run once more; and for answers
     written token by token, each of which is a new shape.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _inside += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_before)

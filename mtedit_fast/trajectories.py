@@ -148,10 +148,12 @@ class Trajectories:
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         return editor.velocity(latents, timestep, self.condition(editor, rows, turn, len(latents) // max(count, 1)))
 
-    def step_constants(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(σ' − σ, std), [n] fp32 each, of the stored steps at `positions` [n]."""
+    def step_constants(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(σ' − σ, the scale c of the noise, flow_grpo's std_dev_t), [n] fp32 each, of the stored steps at `positions`
+        [n]. std_dev_t is c for every variant but sde, where it is c/√(−dt)."""
         index = positions + self.steps.start
-        return self.sigmas[index + 1] - self.sigmas[index], self.coefficients.table[index, 3]
+        _, _, scale, std = self.coefficients.table[index].unbind(1)
+        return self.sigmas[index + 1] - self.sigmas[index], scale, std
 
     def learning_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """What an update reads of the trajectories at int64 `rows` [n]: every field with a row each, but no images."""

@@ -139,6 +139,10 @@ def test_combinations_that_cannot_be():
         (["rollout.engine=engines"], r"rollout\.engine: .*expected objective.name nft or crd.*got grpo and none"),
         ([nft, "rollout.engine=engines", "run.sharding=fsdp2"], r"rollout\.engine: .*got nft and fsdp2"),
         ([nft, "rollout.precision=fp8", "run.sharding=fsdp2"], r"rollout\.precision: expected model with run.shard"),
+        (
+            ["rollout.variant=cps", "objective.name=grpo_guard"],
+            r"rollout\.variant: grpo_guard corrects Gaussian .*'cps'",
+        ),
         ([nft, "objective.importance_cap=2.0"], r"importance_cap: expected null"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -44,6 +44,7 @@ def test_one_process_is_its_own_identity():
     assert rebalance(rows, text, whole_groups=True)[1] is text
     values = {"a": torch.rand(3, 2)}
     assert gather_rows(values)["a"].equal(values["a"])
+    assert gather_rows(values, everywhere=False)["a"].equal(values["a"])
     assert gather_objects(5) == [5]
     weight, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
     (weight * 3).sum().backward()
@@ -69,6 +70,8 @@ def gathers(rank):
         assert everything["judge"].equal(rewards)
         assert everything["valid"].equal(names)
         assert everything["half"].equal(rewards.bfloat16())
+        first = gather_rows(mine, everywhere=False)
+        assert first == {} if rank else first["judge"].equal(rewards)
     assert gather_rows({"judge": torch.empty(0, 2)})["judge"].shape == (0, 2)
     assert gather_rows({}) == {}
     with pytest.raises(ValueError, match=r"same names, dtypes.*on rank 2 .* on rank 0; start every rank"):

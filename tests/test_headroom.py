@@ -95,6 +95,20 @@ def test_out_of_memory_that_halving_does_not_help_names_the_need(tmp_path):
         list(alone.fit())
 
 
+def test_a_model_of_unknown_sizes_trains_and_its_need_is_unknown(tmp_path):
+    """Somebody's own checkpoint on the hub: there is nothing to estimate from."""
+    trainer = tiny_trainer(tmp_path, "rollout.micro_batch=1", "run.iterations=1")
+    trainer.config.model.path = "somebody/their-kontext"
+    if torch.cuda.is_available():
+        (metrics,) = trainer.fit()
+        assert metrics["memory/peak_gib"] > 0
+        assert "memory/estimated_gib" not in metrics
+    exhaust(trainer, 0)
+    first = FirstIteration(trainer, gpus=1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"with rollout.micro_batch 1; estimated need unknown. Lower"):
+        first(trainer.step)
+
+
 def test_out_of_memory_later_is_not_hidden(tmp_path):
     trainer = tiny_trainer(tmp_path, "rollout.micro_batch=8", "run.iterations=2")
     steps = trainer.fit()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtedit_fast.ops import sde_coefficients, sde_step
 from mtedit_fast.training.objectives import grpo, grpo_guard, kl_to_reference
 
 N, D = 7, 12
@@ -55,7 +56,7 @@ def test_gradient_at_the_rollout_is_the_policy_gradient(batch):
 @pytest.mark.parametrize("mean_over", ["sample", "batch_mean"])
 def test_guard_equals_the_formula(batch, mean_over):
     new, old, advantage, mean, mean_old, dt, std = batch
-    options = {"dt": dt, "std": std, "clip_range": 0.01, "mean_over": mean_over}
+    options = {"dt": dt, "scale": std * (-dt).sqrt(), "clip_range": 0.01, "mean_over": mean_over}
     result = grpo_guard(new, old, advantage, mean, mean_old, **options)
     shift = ((mean - mean_old).detach().double() ** 2).reshape(N, -1).mean(1).numpy()
     if mean_over == "batch_mean":
@@ -73,19 +74,37 @@ def test_guard_equals_the_formula(batch, mean_over):
 
 def test_guard_ratio_is_one_at_the_rollout(batch):
     _, old, advantage, _, mean_old, dt, std = batch
-    result = grpo_guard(old, old, advantage, mean_old, mean_old, dt=dt, std=std, clip_range=1e-6)
+    result = grpo_guard(old, old, advantage, mean_old, mean_old, dt=dt, scale=std, clip_range=1e-6)
     assert (result.ratio == 1).all()
 
 
-@pytest.mark.parametrize("form", ["exact", "flow_grpo"])
-def test_kl(batch, form):
-    *_, mean, mean_ref, dt, std = batch
-    value = kl_to_reference(mean, mean_ref, std=std, dt=dt, form=form)
+@pytest.mark.parametrize("variant", ["sde", "dance", "ddim", "wan"])
+def test_guards_log_ratio_has_no_bias(variant):
+    """Over the old policy's samples log ρ is 0 on average; over ±ε, exactly. c and log-probs are sde_step's."""
+    coefficients = sde_coefficients([1.0, 0.8, 0.5, 0.0], variant=variant, eta=0.6)
+    generator = torch.Generator().manual_seed(0)
+    x, v, change, noise = torch.randn(4, 3, 40, generator=generator).double()
+    for step in (0, 1):
+        ratios = []
+        for sign in (1, -1):
+            old = sde_step(x, v, coefficients, step, noise=sign * noise)
+            new = sde_step(x, v + 0.3 * change, coefficients, step, prev_sample=old.prev_sample)
+            scale = coefficients.table[step, 2].double().expand(3)
+            means = (new.mean, old.mean)
+            dt, one = -torch.ones(3), torch.ones(3)
+            out = grpo_guard(new.log_prob, old.log_prob, one, *means, dt=dt, scale=scale, clip_range=9.0)
+            ratios.append(out.ratio)
+        assert (ratios[0] - 1).abs().min() > 1e-4
+        torch.testing.assert_close((ratios[0] * ratios[1]).double(), torch.ones(3).double(), rtol=0, atol=1e-6)
+
+
+def test_kl(batch):
+    *_, mean, mean_ref, _, std = batch
+    value = kl_to_reference(mean, mean_ref, std=std)
     expected = []
     for i in range(N):
-        scale = std[i].double() * (math.sqrt(-dt[i].item()) if form == "exact" else 1.0)
-        first = torch.distributions.Normal(mean[i].double(), scale)
-        second = torch.distributions.Normal(mean_ref[i].double(), scale)
+        first = torch.distributions.Normal(mean[i].double(), std[i].double())
+        second = torch.distributions.Normal(mean_ref[i].double(), std[i].double())
         expected.append(torch.distributions.kl_divergence(first, second).mean())
     assert value.tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-5)
 
@@ -93,6 +112,4 @@ def test_kl(batch, form):
 def test_unknown_options_are_named(batch):
     new, old, advantage, mean, mean_old, dt, std = batch
     with pytest.raises(ValueError, match="mean_over: expected"):
-        grpo_guard(new, old, advantage, mean, mean_old, dt=dt, std=std, clip_range=0.1, mean_over="group")
-    with pytest.raises(ValueError, match="form: expected"):
-        kl_to_reference(mean, mean_old, std=std, dt=dt, form="k3")
+        grpo_guard(new, old, advantage, mean, mean_old, dt=dt, scale=std, clip_range=0.1, mean_over="group")

@@ -51,7 +51,7 @@ def test_several_steps_in_one_forward_agree_up_to_batch_noise(editor, trajectori
     stored = trajectories.log_probs[rows, 1, positions]
     assert (out.log_prob.detach() - stored).abs().max() <= 1e-5
     assert out.mean.numel() == 0
-    dt, std = trajectories.step_constants(positions)
+    dt, _, std = trajectories.step_constants(positions)
     sigmas = trajectories.sigmas
     assert torch.equal(dt.view(3, 4)[:, 0], sigmas[1:4] - sigmas[:3])
     assert torch.equal(std.view(3, 4)[:, 2], trajectories.coefficients.table[:3, 3])
@@ -93,6 +93,22 @@ def test_noise_and_steps_ignore_the_batch_split(editor, references, trajectories
         part = sde_step(whole.latents[rows, 0, 0], velocity[rows], whole.coefficients, 0, seed=seeds[rows])
         assert torch.equal(part.prev_sample, step.prev_sample[rows])
         assert torch.equal(part.log_prob, step.log_prob[rows])
+
+
+@pytest.mark.parametrize(("variant", "eta"), [("sde", 0.7), ("dance", 0.3), ("cps", 0.6), ("wan", 1.0)])
+def test_constants_of_stored_steps(editor, references, variant, eta):
+    """The scale of the noise is what scatters the states around their means; flow_grpo's std_dev_t differs for sde."""
+    config = replace(CONFIG, variant=variant, eta=eta, window=(1, 3), keep_means=True)
+    result = rollout(editor, references, PROMPTS, config, sample_seeds(0, 0, 8))
+    dt, scale, std = result.step_constants(torch.arange(2))
+    sigmas = result.sigmas.double()
+    assert torch.equal(dt, result.sigmas[2:4] - result.sigmas[1:3])
+    found = (result.latents[:, :, 1:] - result.means).double().square().mean((0, 1, 3, 4)).sqrt()
+    torch.testing.assert_close(scale.double(), found, rtol=0.02, atol=0)
+    if variant == "sde":
+        torch.testing.assert_close(std.double(), eta * (sigmas[1:3] / (1 - sigmas[1:3])).sqrt(), rtol=1e-5, atol=0)
+    else:
+        assert torch.equal(std, scale)
 
 
 def test_window_stores_only_its_steps(editor, references):

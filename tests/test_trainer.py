@@ -154,6 +154,23 @@ def test_kl_pulls_back_and_guard_runs(tmp_path):
     assert collected[1] == 0
 
 
+def test_guard_in_compact_forwards_takes_old_means_by_the_same_path(tmp_path):
+    """So that its ratio is 1 before the first step whatever the batch; for the second the old means are a forward's."""
+    trainer = tiny_trainer(
+        tmp_path,
+        "objective.name=grpo_guard",
+        "optimizer.forward_rows=3",
+        "optimizer.updates_per_iteration=2",
+        "optimizer.lr=0.01",
+        "run.iterations=1",
+    )
+    assert trainer.sample(trainer.chains.batch(0, 2), iteration=0)[0].means is None
+    (metrics,) = trainer.fit()
+    assert metrics["update/steps"] == 2
+    assert metrics["ratio/max_error_first_update"] == 0.0
+    assert metrics["ratio/max_error"] > 0
+
+
 def test_shuffle_control_changes_the_update_but_not_the_rewards(tmp_path):
     runs = [tiny_trainer(tmp_path / c, f"run.control={c}", "run.iterations=1") for c in ("none", "shuffle")]
     (plain,), (shuffled,) = (list(run.fit()) for run in runs)

@@ -249,7 +249,7 @@ class RunConfig(Section):
         default="none", description="of the frozen weights over the processes of torchrun or accelerate launch"
     )
     timeout: float = Field(
-        default=1800.0, gt=0, description="seconds to wait for another process's rollout before it counts as lost"
+        default=1800.0, gt=0, description="seconds to wait for another process before it counts as lost"
     )
     control: Literal["none", "shuffle"] = Field(
         default="none", description="shuffle permutes advantages within the batch"
@@ -298,6 +298,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"rollout.variant: objective {self.objective.name} needs a stochastic sampler such as 'sde', "
                 f"got {self.rollout.variant!r}; or set objective.name to nft or crd"
+            )
+        if self.objective.name == "grpo_guard" and self.rollout.variant == "cps":
+            raise ValueError(
+                "rollout.variant: grpo_guard corrects Gaussian log-probs, and those of cps are squared distances: "
+                "expected sde, dance, ddim or wan, got 'cps'; or set objective.name to grpo"
             )
         if self.advantage.credit == "dense_ode" and self.objective.likelihood_free:
             raise ValueError(

@@ -43,15 +43,19 @@ def share(count: int, rank: int, world: int) -> range:
     return range(start, start + size + (rank < more))
 
 
-def gather_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_rows(tensors: dict[str, Tensor], *, everywhere: bool = True) -> dict[str, Tensor]:
     """Every rank's rows, on every rank: {name: [b_r, ...]} to {name: [Σ b_r, ...]} in rank order, on the CPU.
 
-    For small tensors such as rewards: they are pickled. A rank without rows passes empty tensors or {}.
+    For small tensors such as rewards: they are pickled. A rank without rows passes empty tensors or {}. With everywhere
+    False the first rank alone gets them, for larger ones such as images; the others get {}.
 
     Raises:
         ValueError: ranks that have rows disagree on the names, dtypes or trailing shapes.
     """
-    parts = gather_objects({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    own = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    parts = gather_objects(own) if everywhere else _gather_on_first(own)
+    if not parts:
+        return {}
     filled = {rank: part for rank, part in enumerate(parts) if any(len(tensor) for tensor in part.values())}
     if not filled:
         return max(parts, key=len)  # nobody has rows; the names, if anybody knows them
@@ -218,6 +222,17 @@ def gather_objects(value: T) -> list[T]:
     with _naming_the_lost():
         dist.all_gather_object(everyone, value, group=group_for(torch.device("cpu")))
     return everyone
+
+
+def _gather_on_first(value: T) -> list[T]:
+    """Every rank's `value` on the first rank, nothing on the others."""
+    rank, world = process()
+    if world == 1:
+        return [value]
+    everyone: list[Any] | None = [None] * world if rank == 0 else None
+    with _naming_the_lost():
+        dist.gather_object(value, everyone, dst=0, group=group_for(torch.device("cpu")))
+    return everyone or []
 
 
 def group_for(device: torch.device) -> dist.ProcessGroup | None:

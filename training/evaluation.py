@@ -24,7 +24,8 @@ class Evaluation:
     """N held-out chains of K turns.
 
     Attributes:
-        references: uint8 [N, 3, H, W].  images: uint8 [N, K, 3, H, W].
+        references: uint8 [N, 3, H, W].  images: uint8 [N, K, 3, H, W]. Of several processes the first has them, the
+            others none.
         success: bool [N, K], did turn k do what it was asked; None without a success function.
         rewards: {name: fp32 [N, K]}, NaN where undefined.
         edit_types: [N][K] from the data's `types` key, or None.
@@ -80,6 +81,7 @@ def evaluate(
     )
     seeds = sample_seeds(config.seed, 0, mine.stop)[mine.start :]
     parts: list[dict[str, Tensor]] = []
+    pictures: list[dict[str, Tensor]] = []
     size = 8 * settings.micro_batch  # bounds the trajectories held at once
     for start in range(0, len(records), size):
         part = records[start : start + size]
@@ -104,19 +106,23 @@ def evaluate(
         if config.success:
             judge = [RewardConfig(name="evaluation.success", path=config.success)]
             values["success"] = score(judge, batch)["evaluation.success"].cpu() > 0.5
-        values["images"] = (edits.images * 255).round().byte().cpu()
-        values["references"] = (references * 255).round().byte()
         parts.append(values)
-    whole = distributed.gather_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        pixels = {"references": (references * 255).round().byte(), "images": (edits.images * 255).round().byte().cpu()}
+        pictures.append(pixels)
+    whole = distributed.gather_rows(_joined(parts)) | distributed.gather_rows(_joined(pictures), everywhere=False)
     whole = {name: value[:count] for name, value in whole.items()}
     texts = distributed.gather_objects([(record.instructions, record.extra.get("types")) for record in records])
     everything = [pair for part in texts for pair in part][:count]
     types = [kinds for _, kinds in everything]
     return Evaluation(
-        references=whole["references"],
-        images=whole["images"],
+        references=whole.get("references", pictures[0]["references"][:0]),
+        images=whole.get("images", pictures[0]["images"][:0]),
         instructions=[instructions for instructions, _ in everything],
         success=whole.get("success"),
         rewards={name.partition("/")[2]: value for name, value in whole.items() if name.startswith("rewards/")},
         edit_types=[list(kinds) for kinds in types if kinds] if all(types) else None,
     )
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -26,15 +26,19 @@ class GRPO:
     left out.
 
     Compact (`forward_rows` n): kept rows alone, n (trajectory, step) samples per forward. The shape then is another,
-    so old log-probs are taken by the same path: for the first optimizer step they are the log-probs themselves, for
-    the later ones a forward without gradient; the drift from the stored ones is reported. After a rollout in another
-    precision the ratio is therefore between policies alone, and `importance_cap` weights each sample by
-    min(exp(old log-prob − stored log-prob), cap): truncated importance sampling.
+    so old log-probs (and means, for Guard) are taken by the same path: for the first optimizer step they are the
+    log-probs themselves, for the later ones a forward without gradient; the drift from the stored ones is reported.
+    After a rollout in another precision the ratio is therefore between policies alone, and `importance_cap` weights
+    each sample by min(exp(old log-prob − stored log-prob), cap): truncated importance sampling.
     """
 
     def __init__(self, editor: Editor, adapters: Adapters, config: ObjectiveConfig, forward_rows: int | None):
         self.editor, self.adapters, self.config = editor, adapters, config
         self.forward_rows = forward_rows
+
+    @property
+    def guard(self) -> bool:
+        return self.config.name == "grpo_guard"
 
     def attention(self) -> AbstractContextManager[None]:
         return without_cudnn_attention() if self.forward_rows is None else nullcontext()
@@ -69,23 +73,25 @@ class GRPO:
         for chunk in (chunk for share in shares for chunk in share):
             if self.forward_rows is None:
                 chunk.old_log_prob = _stored(batch, chunk)
+                if self.guard:
+                    assert batch.trajectories.means is not None
+                    chunk.old_mean = batch.trajectories.means[chunk.rows, chunk.turn, chunk.index]
             elif not chunk.on_policy:
-                chunk.old_log_prob = _log_prob(self._replay(batch, chunk, return_mean=False))
+                out = self._replay(batch, chunk, return_mean=self.guard)
+                chunk.old_log_prob, chunk.old_mean = _log_prob(out), out.mean if self.guard else None
 
     def loss(self, batch: UpdateBatch, chunk: Chunk, stats: UpdateStats) -> Tensor:
         config, trajectories = self.config, batch.trajectories
-        guard = config.name == "grpo_guard"
-        out = self._replay(batch, chunk, return_mean=guard or config.kl_weight > 0)
+        out = self._replay(batch, chunk, return_mean=self.guard or config.kl_weight > 0)
         log_prob, keep = _log_prob(out), batch.keep[chunk.rows]
         old = log_prob.detach() if chunk.old_log_prob is None else chunk.old_log_prob
-        dt, std = trajectories.step_constants(chunk.index)
+        dt, scale, std = (each[keep] for each in trajectories.step_constants(chunk.index))
         log_probs, advantage = (log_prob[keep], old[keep]), batch.advantage(chunk)[keep]
         clip: dict[str, Any] = {"clip_range": config.clip_range, "advantage_clip": config.advantage_clip}
-        if guard:
-            assert trajectories.means is not None
-            old_mean = trajectories.means[chunk.rows, chunk.turn, chunk.index][keep]
-            clip |= {"dt": dt[keep], "std": std[keep], "mean_over": config.guard_mean}
-            result = grpo_guard(*log_probs, advantage, out.mean[keep], old_mean, **clip)
+        if self.guard:
+            old_mean = out.mean.detach() if chunk.old_mean is None else chunk.old_mean
+            clip |= {"dt": dt, "scale": scale, "mean_over": config.guard_mean}
+            result = grpo_guard(*log_probs, advantage, out.mean[keep], old_mean[keep], **clip)
         else:
             result = grpo(*log_probs, advantage, **clip)
         losses = result.loss
@@ -96,7 +102,7 @@ class GRPO:
         if config.kl_weight:
             with torch.no_grad(), self.adapters.reference():
                 reference = self._replay(batch, chunk).mean
-            kl = kl_to_reference(out.mean[keep], reference[keep], std=std[keep], dt=dt[keep], form=config.kl_form)
+            kl = kl_to_reference(out.mean[keep], reference[keep], std=scale if config.kl_form == "exact" else std)
             stats.record(kl=kl)
             losses = losses + config.kl_weight * kl
         error = (result.ratio - 1).abs()

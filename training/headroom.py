@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from mtedit_fast.training import distributed
 from mtedit_fast.training.config import TrainConfig
 from mtedit_fast.training.memory import MemoryEstimate, estimate
 
@@ -50,7 +51,10 @@ def settle_micro_batch(config: TrainConfig, device: torch.device, gpus: int = 1)
     """`config` with a number where it leaves `rollout.micro_batch` open."""
     if config.rollout.micro_batch is not None:
         return config
-    return _with(config, choose_micro_batch(config, device_bytes(device), gpus))
+    limit = device_bytes(device)
+    if limit is not None:  # of the smallest GPU: all processes must cut alike
+        limit = -distributed.largest(-limit)
+    return _with(config, choose_micro_batch(config, limit, gpus))
 
 
 def _with(config: TrainConfig, micro_batch: int) -> TrainConfig:
@@ -117,25 +121,33 @@ class FirstIteration:
             stacklevel=3,
         )
 
-    def _estimate(self) -> MemoryEstimate:
-        return estimate(self.trainer.config, self.gpus)
+    def _estimate(self) -> MemoryEstimate | None:
+        """None for a model whose sizes are not known here, such as somebody's own on the hub."""
+        try:
+            return estimate(self.trainer.config, self.gpus)
+        except ValueError:
+            return None
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            config = self.trainer.config
+            config, estimated = self.trainer.config, self._estimate()
+            need = estimated.header() if estimated else "unknown"
             raise torch.OutOfMemoryError(
                 f"out of memory with rollout.micro_batch {config.rollout.micro_batch}"
-                f"{' after halving it' if self.halved else ''}; estimated need {self._estimate().header()}. Lower "
+                f"{' after halving it' if self.halved else ''}; estimated need {need}. Lower "
                 "rollout.micro_batch, set model.activation_checkpointing or optimizer.memory_gib, or take more GPUs "
                 f"with run.sharding fsdp2 (mtedit-fast memory). torch says: {error}"
             ) from error
 
     def _peak(self) -> dict[str, float]:
         """What was taken, beside what was estimated; more than estimated is worth a warning."""
-        taken, expected = torch.cuda.max_memory_allocated(self.trainer.device), self._estimate().total
+        taken, estimated = torch.cuda.max_memory_allocated(self.trainer.device), self._estimate()
+        if estimated is None:
+            return {"memory/peak_gib": taken / 2**30}
+        expected = estimated.total
         if taken > expected:
             gib = f"{taken / 2**30:.1f} GiB, estimated {expected / 2**30:.1f}"
             Console(stderr=True).print(

@@ -226,7 +226,7 @@ def _trajectories(config: TrainConfig, measured: _Measured, gpus: int) -> int:
         steps = rollout.num_steps - 1 if rollout.window is None else rollout.window.size
     states, size = steps + 1 if steps else 0, BYTES[rollout.state_dtype]
     learned = state * (states + 1) * size + reference + 4 * steps  # states and clean
-    if config.objective.name == "grpo_guard":
+    if config.objective.name == "grpo_guard" and config.exact_replay:
         learned += 4 * steps * state
     kept = learned * (1 if config.exact_replay else 2)
     if config.advantage.credit == "dense_ode":

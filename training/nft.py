@@ -61,6 +61,7 @@ class NFT:
         # Weights of 1: the sum over the chunk, which the update divides by the samples of the whole optimizer step.
         options: dict[str, Any] = {
             "beta": config.beta,
+            "scale": config.advantage_clip,
             "weight": torch.ones_like(t),
             "v_ref": reference,
             "kl_weight": config.kl_weight,

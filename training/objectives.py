@@ -44,20 +44,21 @@ def grpo_guard(
     old_mean: Tensor,
     *,
     dt: Tensor,
-    std: Tensor,
+    scale: Tensor,
     clip_range: float,
     advantage_clip: float = 5.0,
     mean_over: str = "sample",
 ) -> Objective:
-    """GRPO-Guard: with d = √(−dt), ρ = exp((logp − logp_old + mean((μ−μ_old)²)/(2(d·s)²))·d·s), the loss over d².
+    """GRPO-Guard: ρ = exp((logp − logp_old + mean((μ−μ_old)²)/(2c²))·c), the loss divided by −dt.
 
-    The added term removes the ratio's negative bias; d·s evens out its spread over noise levels. s is each row's own
-    std; where all rows are at one step, as in the public code, it is that code's mean over the batch.
+    For Gaussian log-probs. The added term removes the ratio's negative bias; c, the scale of the step's noise, evens
+    out its spread over noise levels. It is each row's own; where all rows are at one step, as in the public code, it is
+    that code's mean over the batch.
 
     Args:
         log_prob, old_log_prob, advantage: [n] fp32.
         mean, old_mean: [n, ...] step means, now and at rollout.
-        dt: [n] σ' − σ < 0.  std: [n] the std_dev_t of the step (flow_grpo's 4th return).
+        dt: [n] σ' − σ < 0.  scale: [n] c, s·√(−dt) for sde and dance.
         mean_over: "sample" takes mean((μ−μ_old)²) per row, as derived; "batch_mean" over the whole batch, as the
             public code does.
 
@@ -69,26 +70,18 @@ def grpo_guard(
         shift = shift.mean().expand_as(shift)
     elif mean_over != "sample":
         raise ValueError(f'mean_over: expected "sample" or "batch_mean", got {mean_over!r}')
-    scale = (-dt).sqrt() * std
     ratio = torch.exp((log_prob - old_log_prob + shift / (2 * scale.square())) * scale)
     return _clipped(ratio, advantage, clip_range, advantage_clip, weight=1 / -dt)
 
 
-def kl_to_reference(mean: Tensor, mean_ref: Tensor, *, std: Tensor, dt: Tensor, form: str = "exact") -> Tensor:
-    """KL of two Gaussian steps with the same variance, [n] fp32, mean over elements.
+def kl_to_reference(mean: Tensor, mean_ref: Tensor, *, std: Tensor) -> Tensor:
+    """mean((μ−μ_ref)²)/(2·std²), [n] fp32: the KL of two Gaussian steps with the same variance, mean over elements.
 
     Args:
         mean, mean_ref: [n, ...]; `mean_ref` without gradient.
-        std: [n] std_dev_t.  dt: [n] σ' − σ < 0.
-        form: "exact" divides by 2·std²·(−dt), the variance of the step; "flow_grpo" by 2·std², as its code does.
-
-    Raises:
-        ValueError: unknown `form`.
+        std: [n] the scale c of the step's noise; flow_grpo's code takes std_dev_t in its place, for sde without √(−dt).
     """
-    if form not in ("exact", "flow_grpo"):
-        raise ValueError(f'form: expected "exact" or "flow_grpo", got {form!r}')
-    variance = std.square() * (-dt if form == "exact" else 1.0)
-    return (mean - mean_ref).float().square().flatten(1).mean(1) / (2 * variance)
+    return (mean - mean_ref).float().square().flatten(1).mean(1) / (2 * std.square())
 
 
 def _clipped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     Writes into `run.output_dir`: config.yaml, metrics.jsonl, TensorBoard files, checkpoints/, lora/ (for stock
     `pipe.load_lora_weights`), summary.json, report.html, and with held-out data evaluation.npz and edit_grid.png.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=config.run.timeout))
     main = state.is_main_process
     console = console or Console(quiet=not main)
     start = time.perf_counter()

@@ -139,7 +139,7 @@ class Sampler:
             guidance_scale=config.guidance_scale,
             reference_size=None if config.reference_resolution is None else size_of(config.reference_resolution),
             latent_chain=config.latent_chain,
-            keep_means=self.config.objective.name == "grpo_guard",
+            keep_means=self.config.objective.name == "grpo_guard" and self.config.exact_replay,
             keep_estimates=self.config.advantage.credit == "dense_ode",
             state_dtype=DTYPES[config.state_dtype],
         )

@@ -12,11 +12,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
 from mtedit_fast.editors import Editor
@@ -62,6 +63,7 @@ class Trainer:
             mixed_precision=config.run.precision,
             log_with="tensorboard",
             project_dir=str(self.output_dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout))],
         )
         # accelerate says "cpu:0", which torch takes for another device than "cpu".
         self.device = self.accelerator.device if torch.cuda.is_available() else torch.device("cpu")

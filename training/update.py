@@ -30,6 +30,7 @@ class Chunk:
         on_policy: the first optimizer step is still to come, so the weights are those of the rollout.
         padding: only there so that this process runs as many forwards as the others; its loss does not count.
         old_log_prob: fp32 [n], where an objective needs it and it is not the chunk's own.
+        old_mean: fp32 [n, N, C], likewise.
     """
 
     rows: Tensor
@@ -38,6 +39,7 @@ class Chunk:
     on_policy: bool = True
     padding: bool = False
     old_log_prob: Tensor | None = None
+    old_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)

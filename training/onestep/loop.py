@@ -82,7 +82,12 @@ class Loop:
     # ---- the loop
 
     def fit(self) -> Iterator[dict[str, float]]:
-        """Train to the last step, from the last checkpoint if there is one; yields each step's metrics."""
+        """Train to the last step, from the last checkpoint if there is one; yields each step's metrics.
+
+        ValueError: fewer images in a batch than processes.
+        """
+        if self.batch < self.world:
+            raise ValueError(f"batch: expected at least an image for each of {self.world} processes, got {self.batch}")
         if self.iteration == 0:
             self.resume()
         distributed.assert_same(self.tensors() | {"iteration": torch.tensor(self.iteration)})
